@@ -1,0 +1,174 @@
+"""OneStepConfig: TrainingArguments with the step's own fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from onestep_peft.errors import nearest
+from onestep_peft.step.directions import DIRECTIONS
+
+#: Directions that a user can name.
+KNOWN_DIRECTIONS = ("auto", "sgd", *DIRECTIONS)
+#: What "auto" tries: all come from one pass, and held-out rows choose.
+AUTO = ("kfac", "kfac_muon")
+
+# Stock fields that a single step has no use for, and why.
+IGNORED: dict[str, str] = {
+    "learning_rate": "the step size is `step_size`",
+    "num_train_epochs": "the number of passes is `max_steps`",
+    "gradient_accumulation_steps": "a step always accumulates over all rows",
+    "lr_scheduler_type": "there is no schedule over one step",
+    "warmup_steps": "a warm-up would make the first step zero",
+    "weight_decay": "it would move parameters that the direction does not",
+    "max_grad_norm": "clipping would change the step that the search measures",
+    "optim": "the step is the optimizer; see `direction`",
+    "dataloader_drop_last": "every row counts",
+}
+REFUSED: dict[str, str] = {
+    "fp16": "its loss scaler may skip the only step. Use `bf16=True`, or full precision.",
+    "deepspeed": "DeepSpeed replaces the optimizer's step. Use `accelerate launch` without it.",
+    "neftune_noise_alpha": "noise in the embeddings biases the gradient. Leave it out.",
+}
+
+
+@dataclass
+class OneStepConfig(TrainingArguments):
+    """Trainer's arguments, with a single step's defaults and a few fields of its own.
+
+    Args:
+        direction: "auto" (several candidates from one pass, held-out rows choose), one of "sgd", "kfac",
+            "kfac_muon", or a list of them to choose from.
+        step_size: η of the update, or "search" to find it on held-out rows.
+        max_steps: Number of steps, each with a pass, a search and a guard of its own.
+        stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.
+        damping: λ of `kfac` and `kfac_muon`, in units of each covariance's mean eigenvalue.
+        rank: Rank of the direction; None for the smaller of 8 and the adapter's r.
+        fit_head: Whether to fit a freshly initialised head first. "auto": whenever there is one, except for the
+            plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
+        search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
+        search_rows_max: The most rows that are held out of the training set.
+        guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
+            nothing is held out of its rows.
+        guard_confidence: Below this share of resampled row sets that show a gain, the report calls it weak.
+    """
+
+    direction: str | list[str] = field(default="auto", metadata={"help": "auto, sgd, kfac, kfac_muon, or several."})
+    step_size: str | float = field(default="search", metadata={"help": '"search", or a number.'})
+    max_steps: int = field(default=1, metadata={"help": "Number of steps, each over all rows."})
+    stop_at: float | None = field(
+        default=None, metadata={"help": "Stop once metric_for_best_model reaches this on held-out rows."}
+    )
+    damping: float = field(default=0.1, metadata={"help": "Damping of kfac and kfac_muon, in mean eigenvalues."})
+    rank: int | None = field(default=None, metadata={"help": "Rank of the direction (default: min(8, adapter's r))."})
+    fit_head: str | bool = field(default="auto", metadata={"help": "Fit a fresh head first: auto, true or false."})
+    search_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows held out."})
+    search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
+    guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
+    guard_confidence: float = field(default=0.95, metadata={"help": "Below this a gain is called weak."})
+    save_strategy: str = field(default="no", metadata={"help": "Trainer's checkpoints (default: none)."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Not used: a step is never clipped."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Not used: there is no schedule."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Rows in a micro-batch: sets memory and speed, never the result."}
+    )
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows in a batch of forwards."})
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "Order of the pass; it does not change the result."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_direction()
+        self._check_step()
+        _check_range("damping", self.damping, 0, None, "0.1")
+        _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
+        _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
+        _check_range("search_rows_max", self.search_rows_max, 1, None, "512")
+        if self.rank is not None:
+            _check_range("rank", self.rank, 1, None, "8")
+        self._check_stock_fields()
+        super().__post_init__()
+        if self.n_gpu > 1 and self.world_size <= 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs in one process: Trainer would use DataParallel, whose gradient is not exact. "
+                " Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The candidates by name."""
+        names = [self.direction] if isinstance(self.direction, str) else list(self.direction)
+        return AUTO if names == ["auto"] else tuple(names)
+
+    @property
+    def fixed_step_size(self) -> float | None:
+        """η, or None for a search."""
+        return None if self.step_size == "search" else float(self.step_size)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the step is θ ← θ − η∇L and nothing else."""
+        return self.directions == ("sgd",) and self.fixed_step_size is not None
+
+    def _check_direction(self) -> None:
+        names = [self.direction] if isinstance(self.direction, str) else list(self.direction)
+        for name in names:
+            if name not in KNOWN_DIRECTIONS:
+                near = nearest(str(name), KNOWN_DIRECTIONS)
+                raise ValueError(f"`direction={name!r}` is none of {', '.join(KNOWN_DIRECTIONS)}.{near}")
+        if not names or ("auto" in names and len(names) > 1) or len(set(names)) < len(names):
+            raise ValueError(f'`direction={names!r}`: give "auto", or one or more different names.')
+        self.direction = names[0] if len(names) == 1 else names
+
+    def _check_step(self) -> None:
+        if self.step_size != "search":
+            try:
+                self.step_size = float(self.step_size)
+            except ValueError:
+                raise ValueError(f'`step_size={self.step_size!r}` is neither "search" nor a number.') from None
+            if not 0 < self.step_size < math.inf:
+                raise ValueError(f'`step_size={self.step_size!r}` must be above 0 and finite; the default is "search".')
+        text = str(self.fit_head).lower()
+        if text not in ("auto", "true", "false"):
+            raise ValueError(f'`fit_head={self.fit_head!r}`: give "auto", True or False.')
+        self.fit_head = text if text == "auto" else text == "true"
+        if self.max_steps < 1:
+            raise ValueError(f"`max_steps={self.max_steps}`: the number of steps is at least 1.")
+
+    def _check_stock_fields(self) -> None:
+        for name, why in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"`{name}={getattr(self, name)!r}` does not go with a single step: {why}")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        given = {name: getattr(self, name) for name in IGNORED if getattr(self, name) != defaults[name]}
+        if given:
+            said = "; ".join(f"`{name}={value!r}`: {IGNORED[name]}" for name, value in given.items())
+            warnings.warn(f"Ignored, since one step has no use for them: {said}.", stacklevel=4)
+        for name in given:
+            setattr(self, name, defaults[name])
+
+    @classmethod
+    def upcast(cls, args: TrainingArguments | None) -> OneStepConfig:
+        """A OneStepConfig from plain TrainingArguments, as TRL does it."""
+        if isinstance(args, cls):
+            return args
+        if args is None:
+            return cls(output_dir="onestep_output")
+        names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+        own = {f.name for f in dataclasses.fields(cls) if f.name in cls.__annotations__}
+        # Where the user left a stock default, the step's own default holds.
+        stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+        values = {name: getattr(args, name) for name in names}
+        kept = {name: value for name, value in values.items() if not (name in own and value == stock[name])}
+        return cls(**kept)
+
+
+def _check_range(name: str, value: float, low: float, high: float | None, usual: str) -> None:
+    if not isinstance(value, int | float) or value != value or value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"`{name}={value!r}` must be {bound}; the default is {usual}.")

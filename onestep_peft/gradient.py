@@ -1,0 +1,140 @@
+"""The exact gradient of all rows, inside Trainer's stock loop."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from onestep_peft.step.optimizer import OneStepOptimizer
+from onestep_peft.tasks import Task, logits_of
+
+SHOWN_ROWS = 10
+
+
+class ExactGradientTrainer(Trainer):
+    """A Trainer whose every optimizer step sees the gradient of the mean loss over all rows.
+
+    Micro-batches add up *sums* of losses; after the last one everything is divided once by the number of items. So
+    batch sizes, uneven tails and rows without labels change nothing.
+    """
+
+    # `compute_loss` returns sums; nothing is left for Trainer to scale.
+    loss_is_scaled_for_ga = True
+
+    task: Task
+    pass_rows: list[int]
+    pass_seconds = 0.0
+    _cursor = 0
+    _loss_sum = torch.zeros(())
+    _pass_began = 0.0
+
+    @property
+    def one_step(self) -> OneStepOptimizer:
+        """The step's optimizer, out of accelerate's wrapping."""
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def forget_cursor(self) -> None:
+        """Counts rows from the first one again."""
+        self._cursor = 0
+
+    def begin_pass(self) -> None:
+        """Before the first micro-batch of a step."""
+        self.one_step.begin_pass()
+        self.forget_cursor()
+        self._loss_sum = torch.zeros((), device=self.args.device)
+        self._pass_began = time.perf_counter()
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
+        """As in Trainer, with all micro-batches of the pass in one step. Runs again when batches get smaller."""
+        args.gradient_accumulation_steps = len(dataloader)
+        return super().set_initial_training_values(args, dataloader)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches one by one: Trainer's list would hold a whole epoch on the device."""
+        return _Batches(epoch_iterator, num_batches), None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As in Trainer, and after the last micro-batch the one division by the number of items.
+
+        Returns:
+            Zero, and for the last micro-batch the mean loss of the pass, so that Trainer logs just that.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._loss_sum = self._loss_sum + loss
+        if not self.accelerator.sync_gradients:
+            return torch.zeros_like(loss)
+        items = self.one_step.finish_pass()
+        self.pass_seconds += time.perf_counter() - self._pass_began
+        return self._loss_sum / items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """In the pass the *sum* of the rows' losses with dropout off, elsewhere Trainer's loss.
+
+        The mean over a micro-batch, times its items: so uneven micro-batches weigh by their rows.
+
+        Raises:
+            ValueError: A loss that is not finite, with the rows it comes from.
+        """
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        without_dropout(model)
+        labels = inputs["labels"]
+        items = self.task.items(labels)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if items == 0:  # a mean over nothing is NaN
+            loss = logits_of(outputs).sum() * 0.0
+        elif not torch.isfinite(loss):
+            bad = ~torch.isfinite(self.task.row_losses(logits_of(outputs), labels))
+            raise ValueError(not_finite(float(loss), self.name_rows(bad.nonzero().flatten().tolist())))
+        self.one_step.count(float(items))
+        self._cursor += len(labels)
+        total = loss * items
+        return (total, outputs) if return_outputs else total
+
+    def name_rows(self, positions: Sequence[int]) -> str:
+        """Rows of the current micro-batch as the user counts them."""
+        if self.accelerator.num_processes > 1 or self.args.train_sampling_strategy != "sequential":
+            return f"{len(positions)} rows"
+        rows = sorted(self.pass_rows[self._cursor + position] for position in positions)
+        more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+        return f"rows {', '.join(map(str, rows[:SHOWN_ROWS]))}{more} of train_dataset"
+
+
+class _Batches:
+    """A sized iterable over the next batches of an iterator, none of them fetched before its turn."""
+
+    def __init__(self, batches: Iterator[Any], number: int) -> None:
+        self._batches, self._number = batches, number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._batches, self._number)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Evaluation mode everywhere, but activation-checkpointed layers keep their own training flag: they need it."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def not_finite(loss: float, rows: str) -> str:
+    """The message for rows whose loss is not finite."""
+    return (
+        f"The loss is {loss} for {rows}. Look at these rows; if they are sound, the model's weights or its "
+        "precision are not: try `bf16=False`."
+    )

@@ -1,0 +1,212 @@
+"""Fit of a freshly initialised head on the cached input of its last layer, to convergence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestep_peft.tasks import logits_of
+
+# Ridge penalties that are tried, from the strongest on, in units of the features' variance.
+PENALTIES = tuple(10 ** (-i / 2) for i in range(0, 9))
+
+
+def fresh_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that no checkpoint filled: the head, and whatever else is saved with it.
+
+    transformers marks every parameter that it loaded (`_is_hf_initialized`, a private name: where it is missing
+    from all of them, as in a model built from a configuration, the head is what stands beside the backbone).
+    """
+    fresh = [
+        name for name, parameter in model.named_parameters() if not getattr(parameter, "_is_hf_initialized", False)
+    ]
+    total = sum(1 for _ in model.parameters())
+    backbone = getattr(model, "base_model_prefix", "")
+    if len(fresh) == total:
+        return [
+            name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
+        ]
+    return _roots(model, set(fresh))
+
+
+def _roots(module: nn.Module, fresh: set[str], prefix: str = "") -> list[str]:
+    """The topmost modules all of whose parameters are fresh."""
+    names: list[str] = []
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        own = [f"{path}.{parameter}" for parameter, _ in child.named_parameters()]
+        if own and all(parameter in fresh for parameter in own):
+            names.append(path)
+        elif any(parameter in fresh for parameter in own):
+            names += _roots(child, fresh, f"{path}.")
+    return names
+
+
+def last_layer(model: nn.Module, head: Sequence[str], classes: int) -> str | None:
+    """Name of the last linear layer of the head that gives one output a class, or None."""
+    found = None
+    for name, module in model.named_modules():
+        inside = any(name == root or name.startswith(f"{root}.") for root in head)
+        if inside and isinstance(module, nn.Linear) and module.out_features == classes:
+            found = name
+    return found
+
+
+def active(model: nn.Module, name: str) -> nn.Linear:
+    """The layer of this name that a forward uses: PEFT puts a copy beside a module that it saves."""
+    get_base = getattr(model, "get_base_model", None)
+    module: Any = get_base() if get_base is not None else model
+    for part in name.split("."):
+        module = getattr(module, part)
+        copies = getattr(module, "modules_to_save", None)
+        if copies is not None and hasattr(module, "original_module"):
+            module = copies[
+                module.active_adapter if isinstance(module.active_adapter, str) else module.active_adapter[0]
+            ]
+    return module
+
+
+@torch.no_grad()
+def features(model: nn.Module, layer: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """The last layer's input for every row, `(rows, d)`, and the labels, `(rows,)`, dropout off.
+
+    Decoders apply the layer to every token and keep one token's logits; that token is found by its logits.
+
+    Raises:
+        ValueError: The model's logits are not a selection of the layer's outputs.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = layer.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
+    kept: list[Tensor] = []
+    labels: list[Tensor] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = dict(batch)
+            target = inputs.pop("labels")
+            logits = logits_of(model(**inputs))
+            (x, output), *_ = seen
+            seen.clear()
+            kept.append(_rows_of(x, output, logits).float())
+            labels.append(target)
+    finally:
+        handle.remove()
+        model.train(was_training)
+    return torch.cat(kept), torch.cat(labels).long()
+
+
+def _rows_of(x: Tensor, output: Tensor, logits: Tensor) -> Tensor:
+    if output.shape == logits.shape:
+        return x
+    same = (output == logits[:, None, :]).all(-1) if output.dim() == 3 else None  # (rows, tokens)
+    if same is None or not bool(same.any(1).all()):
+        raise ValueError(
+            "The model's logits are not rows of its last layer's output, so the head cannot be fitted by itself. Pass "
+            "`fit_head=False`."
+        )
+    last = same.shape[1] - 1 - same.flip(1).int().argmax(1)
+    return x[torch.arange(x.shape[0], device=x.device), last]
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """A fitted head.
+
+    Args:
+        weight: `(classes, d)`.
+        bias: `(classes,)`, or None.
+        penalty: The ridge penalty that was chosen.
+        held_out_loss: Mean loss of the held-out rows, or None where there were none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    penalty: float
+    held_out_loss: float | None
+
+
+def fit(x: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor] | None, classes: int, bias: bool) -> HeadFit:
+    """Multinomial logistic regression by L-BFGS in float64, its ridge penalty chosen by held-out rows.
+
+    Penalties are tried from the strongest on, each from the last one's solution, until the held-out loss has risen
+    twice. Without held-out rows the penalty is 1/rows (scikit-learn's default C = 1). Rows labelled -100 are left
+    out.
+
+    Args:
+        x: `(rows, d)`.
+        labels: `(rows,)`.
+        held_out: The same for rows that choose the penalty, or None.
+        classes: Number of classes.
+        bias: Whether the layer has a bias.
+    """
+    x, labels = _labelled(x, labels)
+    held_out = _labelled(*held_out) if held_out is not None else None
+    mean = x.double().mean(0) if bias else torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    scale = (x.double() - mean).square().mean(0).sqrt().clamp_min(1e-6)
+
+    def standardised(features: Tensor) -> Tensor:
+        return (features.double() - mean) / scale
+
+    z = standardised(x)
+    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, device=x.device)
+    offset = torch.zeros(classes, dtype=torch.float64, device=x.device)
+    best: tuple[float | None, float, Tensor, Tensor] | None = None
+    rises = 0
+    for penalty in PENALTIES if held_out is not None else (1 / len(x),):
+        weight, offset = _minimise(z, labels, weight, offset, penalty, bias)
+        loss = None
+        if held_out is not None:
+            logits = standardised(held_out[0]) @ weight.T + offset
+            loss = float(nn.functional.cross_entropy(logits, held_out[1]))
+        if best is None or loss is None or loss < (best[0] or 0.0):
+            best, rises = (loss, penalty, weight, offset), 0
+        else:
+            rises += 1
+            if rises == 2:
+                break
+    assert best is not None
+    loss, penalty, weight, offset = best
+    weight = weight / scale
+    return HeadFit(weight, offset - weight @ mean if bias else None, penalty, loss)
+
+
+def _labelled(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    known = labels != -100
+    return x[known], labels[known]
+
+
+def _minimise(
+    z: Tensor, labels: Tensor, weight: Tensor, offset: Tensor, penalty: float, bias: bool
+) -> tuple[Tensor, Tensor]:
+    weight, offset = weight.clone().requires_grad_(), offset.clone().requires_grad_(bias)
+    solver = torch.optim.LBFGS(
+        [weight, offset] if bias else [weight],
+        max_iter=300,
+        history_size=20,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = nn.functional.cross_entropy(z @ weight.T + offset, labels) + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(closure)
+    return weight.detach(), offset.detach()
+
+
+@torch.no_grad()
+def install(layer: nn.Linear, fitted: HeadFit) -> None:
+    """Copies a fitted head into its layer."""
+    layer.weight.copy_(fitted.weight)
+    if layer.bias is not None and fitted.bias is not None:
+        layer.bias.copy_(fitted.bias)

@@ -1,0 +1,118 @@
+"""Rows that the gradient never sees: which ones, and their losses."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from onestep_peft.config import OneStepConfig
+from onestep_peft.tasks import Task, logits_of
+
+
+def content_key(row: Mapping[str, Any]) -> bytes:
+    """A hash of what is in a tokenised row, the same wherever the row stands."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(row):
+        value = row[name]
+        value = value.tolist() if hasattr(value, "tolist") else value
+        digest.update(f"{name}={value!r};".encode())
+    return digest.digest()
+
+
+def by_content(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Row numbers in an order that depends on the rows' contents alone."""
+    keys = [content_key(row) for row in rows]
+    return sorted(range(len(keys)), key=lambda i: keys[i])
+
+
+def carve(rows: Sequence[Mapping[str, Any]], fraction: float, maximum: int) -> tuple[list[int], list[int]]:
+    """Numbers of the rows that stay and of those that are held out.
+
+    The rows with the smallest hashes are held out, so shuffling the rows changes nothing. Rows of equal content go
+    to the same side: a held-out row never stands among the others too.
+    """
+    keys = [content_key(row) for row in rows]
+    wanted = min(maximum, round(fraction * len(keys)))
+    held = set(sorted(keys)[:wanted])
+    kept = [i for i, key in enumerate(keys) if key not in held]
+    return kept, [i for i, key in enumerate(keys) if key in held]
+
+
+class HeldOut:
+    """Held-out rows, collated once.
+
+    Args:
+        batches: Batches on the model's device, `labels` among their fields.
+        positions: By batch, the numbers of its rows in content order.
+        task: Gives each row's loss.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, Tensor]], positions: Sequence[Sequence[int]], task: Task) -> None:
+        self.batches = list(batches)
+        self.rows = sum(len(batch) for batch in positions)
+        self._positions = [torch.tensor(batch) for batch in positions]
+        self._task = task
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module) -> Tensor:
+        """The rows' losses at the model as it stands, `(rows,)`, on the CPU, in content order, dropout off."""
+        was_training = model.training
+        model.eval()
+        result = torch.empty(self.rows)
+        for positions, batch in zip(self._positions, self.batches, strict=True):
+            inputs = dict(batch)
+            labels = inputs.pop("labels")
+            result[positions] = self._task.row_losses(logits_of(model(**inputs)), labels).cpu()
+        model.train(was_training)
+        return result
+
+
+def batched_by_length(rows: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[list[int], list[list[int]]]:
+    """An order of the rows in which batches hold rows of similar length, and each batch's positions in content order.
+
+    Returns:
+        Row numbers in the order in which to batch them, and by batch the places of its rows in `by_content` order.
+    """
+    content = by_content(rows)
+    places = sorted(range(len(content)), key=lambda i: -len(rows[content[i]].get("input_ids", ())))
+    batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
+    return [content[i] for i in places], batches
+
+
+def split_rows(train: Any, search: Any, config: OneStepConfig) -> tuple[list[int], Any]:
+    """Numbers of the training rows that give the gradient, in the order of the pass, and the held-out rows.
+
+    Raises:
+        ValueError: Rows must be held out, and too few are left.
+    """
+    rows = listed(train)
+    kept, held_out = list(range(len(rows))), search
+    if held_out is None and not config.is_plain and (config.guard or config.fixed_step_size is None):
+        kept, held = carve(rows, config.search_fraction, config.search_rows_max)
+        if len(held) < 2 or not kept:
+            raise ValueError(
+                f"{len(rows)} training rows with `search_fraction={config.search_fraction}` leave {len(held)} rows "
+                "to choose the step and guard it; it takes at least 2. Give a `search_dataset`, raise "
+                "`search_fraction`, or fix `step_size` and set `guard=False`."
+            )
+        held_out = select(train, held)
+    # The order does not change a sum, and rows of similar length need little padding. The longest come first: if
+    # memory does not suffice, it shows at once.
+    kept.sort(key=lambda i: -len(rows[i].get("input_ids", ())))
+    return kept, held_out
+
+
+def listed(rows: Any) -> list[Any]:
+    """The rows, one dict each."""
+    return rows.to_list() if isinstance(rows, Dataset) else [rows[i] for i in range(len(rows))]
+
+
+def select(rows: Any, indices: Sequence[int]) -> Any:
+    """Some rows of a set, in this order."""
+    return rows.select(indices) if isinstance(rows, Dataset) else Subset(rows, list(indices))

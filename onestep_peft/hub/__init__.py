@@ -1,0 +1,1 @@
+"""To the Hub and back."""

@@ -1,0 +1,69 @@
+"""A saved adapter, from a folder or the Hub, as a model that predicts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from onestep_peft.preparation import load_base
+from onestep_peft.report import StepReport
+from onestep_peft.saving import read_whole
+
+
+def load(
+    folder_or_repo: str | os.PathLike[str], revision: str | None = None, *, base_model: str | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A model with its head and labels, in evaluation mode, and its tokenizer; ready for `transformers.pipeline`.
+
+    Args:
+        folder_or_repo: A folder that `OneStepTrainer.save_model` wrote, or a repository on the Hub.
+        revision: Branch, tag or commit of the repository.
+        base_model: The base where it is no longer where the folder says: a Hub id or a folder.
+
+    Raises:
+        ValueError: Neither a folder nor a repository, one that is not whole, or a base that cannot be found.
+    """
+    folder = _fetch(folder_or_repo, revision)
+    report = read_whole(folder)
+    base = base_model or _base(report, folder)
+    # The base comes without a head, and says so at length; the adapter brings it.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model = load_base(base, report.labels, report.base_revision if base_model is None else None)
+    finally:
+        logging.set_verbosity(verbosity)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    # A configuration without the base's path: PEFT then looks for nothing on the Hub.
+    adapted = PeftModel.from_pretrained(model, str(folder), config=PeftConfig.from_pretrained(str(folder)))
+    return adapted.eval(), tokenizer
+
+
+def _fetch(folder_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
+    folder = Path(folder_or_repo)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"`revision={revision!r}`, but {str(folder)!r} is a folder here. Leave `revision` out.")
+        return folder
+    try:
+        return Path(snapshot_download(str(folder_or_repo), revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{str(folder_or_repo)!r} is no folder here, and the Hub does not give it ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]}). Check the name, the network, and `hf auth login` for a private "
+            "one."
+        ) from error
+
+
+def _base(report: StepReport, folder: Path) -> str:
+    """The base as the report names it: a folder is relative to the adapter's own."""
+    beside = (folder / report.base_model).resolve()
+    return str(beside) if beside.is_dir() and report.base_revision is None and report.base_model else report.base_model

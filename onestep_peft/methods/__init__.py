@@ -1,0 +1,1 @@
+"""Which parameters move, how their layers are observed, and where an update is written."""

@@ -1,0 +1,188 @@
+"""LoRA: updates go into ordinary `lora_A` and `lora_B`; the base weights are never touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from onestep_peft.errors import nearest
+from onestep_peft.step.layers import Layer, LowRank
+
+name = "lora"
+ADAPTER = "default"
+
+# Inits that leave the base weights alone and need no data. The others change the base, so that the adapter would
+# not load onto the original one.
+SAFE_INITS: tuple[Any, ...] = (True, False, "gaussian", "orthogonal")
+# Options that make a layer more than W + scaling · B · A.
+VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+
+
+def validate(config: PeftConfig) -> None:
+    """Refuses adapter configurations whose update one step cannot write without touching the base."""
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"`peft_config` is a {type(config).__name__}, and one step can write a LoraConfig only. Pass "
+            "`peft_config=LoraConfig(r=8)`."
+        )
+    for option in VARIANTS:
+        if getattr(config, option, None):
+            raise ValueError(
+                f"`{option}={getattr(config, option)!r}` in the LoraConfig is not a plain product of two matrices "
+                f"added to a linear layer, so a step cannot be written to it exactly. Leave `{option}` out."
+            )
+    if config.init_lora_weights not in SAFE_INITS:
+        raise ValueError(
+            f"`init_lora_weights={config.init_lora_weights!r}` changes the base weights or needs data of its own, so "
+            "the adapter would not load onto the original base. Leave it out: one step finds its own directions."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f"`bias={config.bias!r}` in the LoraConfig trains biases of the base model, which an adapter must not "
+            'touch. Use bias="none".'
+        )
+    alphas = {
+        "lora_alpha": config.lora_alpha,
+        **{f"alpha_pattern[{k!r}]": v for k, v in (config.alpha_pattern or {}).items()},
+    }
+    for option, alpha in alphas.items():
+        if alpha == 0:
+            raise ValueError(
+                f"`{option}=0` scales the adapter by zero, so no step could have an effect. Try {config.r}."
+            )
+
+
+def linear_names(model: PreTrainedModel, excluded: Sequence[str]) -> list[str]:
+    """Full names of the linear layers (`nn.Linear`, `Conv1D`), less the head's and the output embedding."""
+    output = model.get_output_embeddings()
+    return [
+        module_name
+        for module_name, module in model.named_modules()
+        if (isinstance(module, nn.Linear | Conv1D) or _is_quantised(module))
+        and module is not output
+        and not any(module_name == head or module_name.startswith(f"{head}.") for head in excluded)
+    ]
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def wrap(
+    model: PreTrainedModel, config: LoraConfig, head: Sequence[str], revision: str | None, task_type: str
+) -> PeftModel:
+    """Puts a LoRA adapter on a model.
+
+    Args:
+        head: Names of modules that no checkpoint filled: they are saved whole, beside the adapter. PEFT by itself
+            adds only `classifier` and `score`.
+        revision: The base's commit, pinned in the adapter's configuration.
+        task_type: PEFT's name of the task; written to the configuration if it has none.
+
+    Raises:
+        ValueError: `target_modules` match no linear layer.
+    """
+    validate(config)
+    linears = linear_names(model, head)
+    if config.target_modules in (None, "all-linear"):
+        config.target_modules = linears
+    if config.task_type is None:
+        config.task_type = task_type
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), *head})
+    targets = config.target_modules
+    try:
+        return get_peft_model(model, config, revision=revision)
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        near = nearest(targets if isinstance(targets, str) else sorted(targets)[0], {n.split(".")[-1] for n in linears})
+        raise ValueError(
+            f"`target_modules={targets!r}` match no layer of {type(model).__name__}.{near} Leave `target_modules` out "
+            "for every linear layer but the head."
+        ) from error
+
+
+def layers(model: PeftModel) -> list[Layer]:
+    """The adapted linear layers, as the step sees them.
+
+    Raises:
+        ValueError: An adapted layer is not linear (an embedding, a convolution).
+    """
+    return [_layer(module_name, module) for module_name, module in _adapted(model)]
+
+
+def _adapted(model: PeftModel) -> Iterator[tuple[str, LoraLinear]]:
+    for module_name, module in model.named_modules():
+        adapters = getattr(module, "lora_A", None)
+        if adapters is None and not hasattr(module, "lora_embedding_A"):
+            continue
+        plain = isinstance(adapters, nn.ModuleDict) and ADAPTER in adapters and isinstance(adapters[ADAPTER], nn.Linear)
+        if not plain:
+            if hasattr(module, "base_layer"):
+                raise ValueError(
+                    f"`target_modules` name {module_name}, a {type(module.base_layer).__name__}: one step moves linear "
+                    "layers only. Leave it out of `target_modules`."
+                )
+            continue
+        yield module_name, module
+
+
+def _factors(module: LoraLinear) -> tuple[Tensor, Tensor]:
+    """A `(r, d_in)` and B `(d_out, r)`. Asked for anew each time: FSDP2 swaps parameters."""
+    down: Any = module.lora_A[ADAPTER]
+    up: Any = module.lora_B[ADAPTER]
+    return down.weight, up.weight
+
+
+def _layer(module_name: str, module: LoraLinear) -> Layer:
+    scaling = float(module.scaling[ADAPTER])
+    if scaling == 0:
+        raise ValueError(
+            f"The adapter's scaling at {module_name} is 0, so no step could have an effect. Change its alpha."
+        )
+
+    def read() -> LowRank | None:
+        down, up = (factor.detach().float() for factor in _factors(module))
+        return LowRank(up * scaling, down.clone()) if bool(up.any()) and bool(down.any()) else None
+
+    down, up = _factors(module)
+    shape = (up.shape[0], down.shape[1])
+    weight = cast(Tensor, module.get_base_layer().weight)
+    # A quantised weight is packed integers: its norm says nothing, and an orthogonal layer's is as good a guess.
+    norm = float(weight.detach().float().norm()) if weight.is_floating_point() else math.sqrt(min(shape))
+    return Layer(module_name, module, shape, norm, down.shape[0], read, lambda update: _write(module, update, scaling))
+
+
+@torch.no_grad()
+def _write(module: LoraLinear, update: LowRank, scaling: float) -> float:
+    """scaling · B · A ← update, B and A of equal norm. Rows of A that the update does not need stay as they are."""
+    down, up = _factors(module)
+    fitted, lost = update.truncated(down.shape[0])
+    left = fitted.left / scaling  # (d_out, rank)
+    left_norm, right_norm = float(left.norm()), float(fitted.right.norm())
+    balance = math.sqrt(left_norm / right_norm) if left_norm > 0 and right_norm > 0 else 1.0
+    up.zero_()
+    up[:, : fitted.rank] = left / balance
+    down[: fitted.rank] = fitted.right * balance
+    return lost

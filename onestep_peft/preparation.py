@@ -1,0 +1,251 @@
+"""From what a user hands over (names, rows, a plain model) to what Trainer takes (an adapted model, tokens)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from onestep_peft import data, head
+from onestep_peft.methods import lora
+from onestep_peft.tasks import TEXT_CLASSIFICATION, Task, check_problem_type, task_of
+
+# Tokenizers that know no limit say so with a huge number.
+NO_LIMIT = 1_000_000
+MAX_LENGTH = 512
+
+
+def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token.
+
+    Raises:
+        ValueError: The base cannot be found.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(base, "tokenizer", error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(base: str, labels: Sequence[str], revision: str | None = None) -> PreTrainedModel:
+    """A base model for text classification with these classes.
+
+    Raises:
+        ValueError: The base cannot be found.
+    """
+    id2label = dict(enumerate(labels))
+    label2id = {label: i for i, label in id2label.items()}
+    try:
+        return TEXT_CLASSIFICATION.auto_model.from_pretrained(
+            base, revision=revision, num_labels=len(labels), id2label=id2label, label2id=label2id
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(base, "model", error)) from error
+
+
+def _not_found(base: str, what: str, error: Exception) -> str:
+    return (
+        f"The base {base!r} has no {what} that can be loaded: it is no folder here, or the Hub does not give it "
+        f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Check the name, the network, and "
+        "`hf auth login` for a private or gated one."
+    )
+
+
+def as_rows(rows: Any) -> Any:
+    """Lists of dicts become a `datasets.Dataset`; everything else stays."""
+    return Dataset.from_list(list(rows)) if isinstance(rows, list | tuple) else rows
+
+
+def is_raw(rows: Any) -> bool:
+    """Whether rows still hold text."""
+    return isinstance(rows, Dataset) and "input_ids" not in rows.column_names
+
+
+@dataclass
+class Sets:
+    """The sets that a run uses, by role; each a raw or tokenised set, or None."""
+
+    train: Any
+    search: Any
+    evaluation: Any  # may be a dict of sets by name
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names for messages and the sets that are there."""
+        sets = [("train_dataset", self.train), ("search_dataset", self.search)]
+        if isinstance(self.evaluation, Mapping):
+            sets += [(f"eval_dataset[{name!r}]", rows) for name, rows in self.evaluation.items()]
+        else:
+            sets.append(("eval_dataset", self.evaluation))
+        return [(name, rows) for name, rows in sets if rows is not None]
+
+    def map(self, change: Any) -> Sets:
+        """The sets with `change(name, rows)` done to each."""
+        done = {name: change(name, rows) for name, rows in self.items()}
+        if isinstance(self.evaluation, Mapping):
+            evaluation: Any = {name: done[f"eval_dataset[{name!r}]"] for name in self.evaluation}
+        else:
+            evaluation = done.get("eval_dataset")
+        return Sets(done.get("train_dataset"), done.get("search_dataset"), evaluation)
+
+
+def class_names(sets: Sets, columns: data.Columns) -> list[str]:
+    """Names of the classes for a model that is still to be loaded, from the training rows."""
+    names, number = data.count_labels(sets.train, columns)
+    if names is None:
+        # A class that only the other sets have still needs its place.
+        number = max(number, *(data.count_labels(rows, columns)[1] for _, rows in sets.items() if is_raw(rows)))
+        names = [f"LABEL_{i}" for i in range(number)]
+    if len(names) < 2:
+        raise ValueError(
+            f"The training rows have {len(names)} class in column {columns.label!r} ({names}); it takes at least 2."
+        )
+    return names
+
+
+def name_labels(model: nn.Module, sets: Sets, columns: data.Columns | None) -> None:
+    """Gives the model the names of string labels, where it has as many classes and only default names for them."""
+    config: Any = model.config
+    if (
+        columns is None
+        or not is_raw(sets.train)
+        or any(not str(name).startswith("LABEL_") for name in config.id2label.values())
+    ):
+        return
+    names = data.label_names(sets.train, columns.label)
+    if names is not None and len(names) == config.num_labels:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+
+
+def tokenise(
+    sets: Sets, columns: data.Columns | None, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
+) -> Sets:
+    """The sets as tokens and integer labels; sets that are tokenised already are only checked."""
+    config: Any = model.config
+    limit = min(
+        tokenizer.model_max_length if tokenizer is not None else NO_LIMIT,
+        getattr(config, "max_position_embeddings", None) or NO_LIMIT,
+    )
+
+    def change(name: str, rows: Any) -> Any:
+        if not is_raw(rows):
+            return check_tokenised(name, rows, config.num_labels)
+        if tokenizer is None or columns is None:
+            raise ValueError(f"{name} holds text, so `processing_class=` must be the model's tokenizer.")
+        max_length = limit if limit < NO_LIMIT else MAX_LENGTH
+        return data.tokenise(rows, columns, tokenizer, config.label2id, config.num_labels, max_length, name)
+
+    return sets.map(change)
+
+
+def check_tokenised(name: str, rows: Any, classes: int) -> Any:
+    """Checks a tokenised set: some rows, labels there and in range.
+
+    Raises:
+        ValueError: It is empty or has no length, no labels, or a label that is no class.
+    """
+    if not hasattr(rows, "__len__"):
+        raise ValueError(f"{name} has no length; one step needs to know its rows. Pass a map-style dataset.")
+    if len(rows) == 0:
+        raise ValueError(f"{name} has no rows. Give at least one labelled row.")
+    if not isinstance(rows, Dataset):
+        return rows
+    column = next((column for column in ("labels", "label") if column in rows.column_names), None)
+    if column is None:
+        raise ValueError(f"{name} has no column 'labels'; its columns are {rows.column_names}.")
+    for i, label in enumerate(rows[column]):
+        if label != -100 and not 0 <= label < classes:
+            raise ValueError(
+                f"{name}, row {i}: label {label} is out of range: the model has {classes} classes, 0 to {classes - 1}. "
+                "Fix the row, or load the model with a larger `num_labels`."
+            )
+    return rows if column == "labels" else rows.rename_column("label", "labels")
+
+
+@dataclass
+class Prepared:
+    """A model that is not adapted yet, its tokenizer, and tokenised sets."""
+
+    model: nn.Module
+    processing_class: Any
+    sets: Sets
+
+
+def prepare(
+    model: nn.Module | str, processing_class: Any, sets: Sets, text: str | Sequence[str] | None, label: str | None
+) -> Prepared:
+    """Finds the columns, loads the model where it is given by name, names its classes, tokenises the rows.
+
+    Raises:
+        ValueError: Rows, columns, labels or a base that cannot be used; before any expensive work.
+    """
+    sets = sets.map(lambda _, rows: as_rows(rows))
+    raw = [(name, rows) for name, rows in sets.items() if is_raw(rows)]
+    for name, rows in raw:
+        if len(rows) == 0:
+            raise ValueError(f"{name} has no rows. Give at least one labelled row.")
+    columns = data.guess_columns(raw[0][1], text, label) if raw else None
+    for name, rows in raw:
+        assert columns is not None
+        data.check_columns(rows, columns, name)
+    if isinstance(model, str):
+        if columns is None or not is_raw(sets.train):
+            raise ValueError(
+                f"`model={model!r}` is a name, so its classes must come from rows with text. Load the model."
+            )
+        processing_class = processing_class or load_tokenizer(model)
+        model = load_base(model, class_names(sets, columns))
+    task_of(model)
+    check_problem_type(model.config)
+    name_labels(model, sets, columns)
+    return Prepared(model, processing_class, tokenise(sets, columns, model, processing_class))
+
+
+@dataclass
+class Adapted:
+    """A model with its adapter.
+
+    Args:
+        fresh: Names of the modules that no checkpoint filled, in the base.
+        head: Name of the head's last layer where it is fresh, else None.
+    """
+
+    model: PeftModel
+    task: Task
+    fresh: list[str]
+    head: str | None
+
+
+def adapt(model: nn.Module, peft_config: Any) -> Adapted:
+    """Puts the adapter on a plain model, or takes a PeftModel as it is.
+
+    Raises:
+        ValueError: A task, a head or an adapter that one step does not know.
+    """
+    task = task_of(model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.config.pad_token_id is None and getattr(base.config, "eos_token_id", None) is not None:
+        base.config.pad_token_id = base.config.eos_token_id
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError("The model has an adapter already, so `peft_config` has nothing to say. Leave it out.")
+        lora.validate(model.peft_config[model.active_adapter])
+        return Adapted(model, task, [], None)
+    if peft_config is None:
+        peft_config = LoraConfig(r=8, lora_alpha=8)
+    fresh = head.fresh_modules(model)
+    last = head.last_layer(model, fresh, base.config.num_labels)
+    # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
+    wrapped = lora.wrap(
+        base, copy.deepcopy(peft_config), fresh, getattr(base.config, "_commit_hash", None), task.peft_task_type
+    )
+    return Adapted(wrapped, task, fresh, last)

@@ -1,0 +1,170 @@
+"""StepReport: what happened, as data. The table, the picture and the card are drawn from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import resource
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onestep_peft.step.optimizer import StepOutcome
+
+FILE = "onestep.json"
+PICTURE = "search.png"
+VERSION = 1
+STAGES = ("base", "head", "after")
+
+
+@dataclass
+class StepReport:
+    """All that a person may ask of a run afterwards; `onestep.json` is this, as JSON.
+
+    Args:
+        base_model: The base: a Hub id, or a path relative to the saved folder.
+        base_revision: The base's commit, or None for a local base.
+        task: The Hub's `pipeline_tag`.
+        method: "lora".
+        labels: Names of the classes in the order of their numbers.
+        rows: Number of rows for the "gradient", the "search" and the "guard".
+        seconds: Wall time: "total" of the adaptation and its parts, and "evaluation", which "total" leaves out.
+        peak_memory_bytes: The most memory held: of the accelerator, or of the process on the CPU.
+        steps: One entry a step: "direction", "step_size", "candidates" (each with the points [step size, loss] that
+            the search saw), "loss_before", "loss_after" (means over held-out rows, nats), "accepted", "reason",
+            "energy_lost" (share of the update's squared norm that the adapter's rank could not hold).
+        metrics: By stage: "base" (as loaded), "head" (its fresh head fitted; None where it had none) and "after".
+        files: sha256 by file name, once saved.
+    """
+
+    base_model: str = ""
+    base_revision: str | None = None
+    task: str = "text-classification"
+    method: str = "lora"
+    labels: list[str] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, dict[str, float] | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
+    files: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """JSON with numbers that every parser reads: what is not finite becomes null."""
+        return json.dumps({"version": VERSION, **_finite(dataclasses.asdict(self))}, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> StepReport:
+        """The report that `to_json` wrote.
+
+        Raises:
+            ValueError: Not such a JSON text, or of a version that this release does not know.
+        """
+        try:
+            data = json.loads(text)
+            version = data.pop("version")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{FILE} is not a report of onestep_peft ({error}).") from error
+        if version != VERSION:
+            raise ValueError(f"{FILE} has version {version!r}, and this release reads {VERSION}. Upgrade onestep-peft.")
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in names})
+
+    def table(self) -> str:
+        """The metrics at each stage, as text."""
+        stages = [stage for stage in STAGES if self.metrics.get(stage)]
+        if not stages:
+            return "No eval_dataset was given, so there is nothing to compare.\n"
+        names = list(dict.fromkeys(name for stage in stages for name in self.metrics[stage] or {}))
+        width = max(10, *(len(name) for name in names))
+        lines = ["".join([f"{'':8}", *(f"{name:>{width + 2}}" for name in names)])]
+        for stage in stages:
+            scores = self.metrics[stage] or {}
+            cells = (f"{scores[name]:>{width + 2}.4f}" if name in scores else " " * (width + 2) for name in names)
+            lines.append("".join([f"{stage:8}", *cells]))
+        return "\n".join(lines) + "\n"
+
+    def summary(self) -> str:
+        """What each step did, a line each."""
+        lines = []
+        for number, step in enumerate(self.steps, 1):
+            before, after = step["loss_before"], step["loss_after"]
+            fall = "" if before is None or math.isnan(before) else f", held-out loss {before:.4f} → {after:.4f}"
+            lines.append(
+                f"step {number}: {step['direction']}, step size {step['step_size']:.4g}{fall}; {step['reason']}"
+            )
+        return "\n".join(lines) + "\n"
+
+    def plot(self, path: Path) -> bool:
+        """Draws the search, loss against step size, one line per candidate; False where nothing was searched."""
+        searched = [step for step in self.steps if step["candidates"]]
+        if not searched:
+            return False
+        # Here, not at the top: matplotlib takes a second to load and most calls draw nothing.
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.0 * len(searched)), layout="constrained")
+        for axis, step in zip(figure.subplots(len(searched), squeeze=False)[:, 0], searched, strict=True):
+            _draw(axis, step)
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+        return True
+
+
+def _draw(axis: Any, step: dict[str, Any]) -> None:
+    for candidate in step["candidates"]:
+        points = sorted(
+            (s, loss) for s, loss in candidate["points"] if s > 0 and loss is not None and math.isfinite(loss)
+        )
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=candidate["direction"])
+    before = step["loss_before"]
+    axis.axhline(before, color="grey", linestyle="--", linewidth=1, label="before the step")
+    if step["step_size"] > 0:
+        axis.plot(
+            [step["step_size"]],
+            [step["loss_after"]],
+            "k*",
+            markersize=13,
+            label="chosen" if step["accepted"] else "best, refused",
+        )
+    lowest = min(loss for candidate in step["candidates"] for _, loss in candidate["points"] if loss is not None)
+    axis.set_ylim(lowest - 0.1 * (before - lowest) - 1e-3, before + 0.6 * max(before - lowest, 0.05))
+    axis.set_xscale("log")
+    axis.set_xlabel("step size")
+    axis.set_ylabel("mean loss of the held-out rows (nats)")
+    axis.set_title(f"{step['direction']}: {'accepted' if step['accepted'] else 'refused'}")
+    axis.legend()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def step_record(outcome: StepOutcome) -> dict[str, Any]:
+    """One entry of `StepReport.steps`."""
+    candidates = [
+        {"direction": name, "points": [list(point) for point in result.points]} for name, result in outcome.candidates
+    ]
+    return {
+        "direction": outcome.direction,
+        "step_size": outcome.step_size,
+        "candidates": candidates,
+        "loss_before": outcome.loss_before,
+        "loss_after": outcome.loss_after,
+        "accepted": outcome.accepted,
+        "reason": outcome.reason,
+        "energy_lost": outcome.energy_lost,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: of the accelerator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

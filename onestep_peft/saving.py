@@ -1,0 +1,112 @@
+"""Folders that are whole or absent: staged beside their place, checked by sha256, the report moved in last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from peft import PeftModel
+
+from onestep_peft.report import FILE, StepReport
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_free(folder: Path) -> None:
+    """Raises a ValueError where the folder holds a run already, or is a file."""
+    if folder.is_file():
+        raise ValueError(f"The output folder {str(folder)!r} is a file. Choose another `output_dir`.")
+    for taken in (FILE, "adapter_config.json"):
+        if (folder / taken).exists():
+            raise ValueError(
+                f"The output folder {str(folder)!r} holds another run ({taken}). Choose another `output_dir`, or "
+                "delete that folder."
+            )
+
+
+def save_whole(folder: Path, write: Callable[[Path], StepReport]) -> StepReport:
+    """Lets `write` fill a staging folder, then moves its files in, `onestep.json` with their checksums last.
+
+    A crash at any point leaves either no report or the report of a whole folder.
+
+    Args:
+        write: Writes every file but the report into the folder it is given, and returns the report.
+
+    Returns:
+        The report as saved, with the checksums.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        report = write(staging)
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        report = replace(report, files={path.relative_to(staging).as_posix(): sha256(path) for path in files})
+        (staging / FILE).write_text(report.to_json(), encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o777 & ~_umask())
+        (folder / FILE).unlink(missing_ok=True)
+        for path in [*files, staging / FILE]:
+            target = folder / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        return report
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """The adapter as PEFT saves it, in safetensors, less what must not travel.
+
+    PEFT writes a local base as the absolute path of this machine; here it is relative to the working directory,
+    where PEFT looks for it. Its README is a form that nobody has filled in.
+    """
+    model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = portable(config["base_model_name_or_path"] or "", Path.cwd())
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def portable(name_or_path: str, start: Path) -> str:
+    """A base's name as it may stand in a saved file: a Hub id as it is, a folder relative to `start`."""
+    return os.path.relpath(name_or_path, start) if name_or_path and os.path.isdir(name_or_path) else name_or_path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_whole(folder: Path) -> StepReport:
+    """The report of a folder whose files all have the checksums that it names.
+
+    Raises:
+        ValueError: No report, a missing file, or one whose bytes are not those that were saved.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} holds no {FILE}: it was not saved by onestep_peft, or not to the end.")
+    report = StepReport.from_json(path.read_text(encoding="utf-8"))
+    for name, digest in report.files.items():
+        file = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{FILE} names {name!r}, outside its folder. Do not use this folder.")
+        if not file.is_file():
+            raise ValueError(f"{str(folder)!r} is not whole: {name} is missing. Save or download it again.")
+        if sha256(file) != digest:
+            raise ValueError(
+                f"{str(folder)!r} is not whole: {name} has changed since it was saved. Save or download it again."
+            )
+    return report

@@ -1,0 +1,80 @@
+"""Whether a step may stay: paired losses of held-out rows before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The guard's answer.
+
+    Args:
+        accepted: Whether the step stays.
+        reason: Why, in a sentence for the report.
+        gain: Mean fall of the rows' losses, in nats.
+        probability: Share of the resamples in which the mean loss falls.
+    """
+
+    accepted: bool
+    reason: str
+    gain: float
+    probability: float
+
+
+def cross_fitted(trials: Sequence[Tensor], folds: int) -> Tensor:
+    """Losses of rows at the trial that the *other* rows would have chosen, `(rows,)`.
+
+    Rows that chose a step say too well of it. Here no row judges its own choice, and yet every row both chooses and
+    judges, without one more forward: the search has already measured each row at each trial.
+
+    Args:
+        trials: Per trial the losses `(rows,)`; the one before the step among them.
+        folds: Rows i, i + folds, ... form a fold.
+    """
+    losses = torch.stack([trial.double().cpu() for trial in trials])  # (trials, rows)
+    rows = losses.shape[1]
+    folds = min(folds, rows)
+    if folds < 2:
+        return losses[losses.mean(1).nan_to_num(torch.inf).argmin()]
+    fold_of_row = torch.arange(rows) % folds
+    judged = torch.empty(rows, dtype=losses.dtype)
+    for fold in range(folds):
+        held = fold_of_row == fold
+        chosen = losses[:, ~held].mean(1).nan_to_num(torch.inf).argmin()
+        judged[held] = losses[chosen, held]
+    return judged
+
+
+def judge(before: Tensor, after: Tensor, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Verdict:
+    """Compares the losses of the same rows before and after a step, one-sided.
+
+    Rows are resampled with replacement (a paired bootstrap). A step that does not lower the mean loss is refused;
+    one that does is accepted, and where fewer than `confidence` of the resamples agree the reason says that the
+    evidence is weak: on few rows a test that had to be passed would refuse most good steps.
+
+    Args:
+        before: `(rows,)`, losses without the step.
+        after: `(rows,)`, losses with it.
+    """
+    rows = before.numel()
+    bad = int((~torch.isfinite(after)).sum())
+    if bad:
+        return Verdict(
+            False, f"refused: {bad} of {rows} held-out rows have a loss that is not finite", float("nan"), 0.0
+        )
+    gains = before.double().cpu() - after.double().cpu()
+    gain = float(gains.mean())
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(rows, (resamples, rows), generator=generator)
+    probability = float((gains[picks].mean(1) > 0).double().mean())
+    seen = f"{gain:+.4f} nats a row on {rows} held-out rows, a gain in {probability:.1%} of resamples"
+    if gain <= 0:
+        return Verdict(False, f"refused: the step does not lower the held-out loss ({seen})", gain, probability)
+    if probability < confidence:
+        return Verdict(True, f"accepted, though the evidence is weak ({seen})", gain, probability)
+    return Verdict(True, f"accepted ({seen})", gain, probability)

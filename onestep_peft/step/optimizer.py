@@ -1,0 +1,284 @@
+"""The whole step behind torch.optim's interface: candidates, search, guard, write."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from onestep_peft.step.directions import DIRECTIONS, whiten
+from onestep_peft.step.guard import cross_fitted, judge
+from onestep_peft.step.layers import Layer, LowRank
+from onestep_peft.step.line_search import SearchResult, search_step_size
+from onestep_peft.step.statistics import LayerStatistics
+
+# The first step size tried moves the weights by this share of their norm.
+RELATIVE_START = 0.01
+# Rows are dealt into so many folds for the guard: each fold judges what the others chose.
+FOLDS = 4
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the user fixed about the step.
+
+    Args:
+        directions: Names of the candidates, from `DIRECTIONS` or "sgd".
+        step_size: A fixed η, or None for a search.
+        damping: λ, in units of a covariance's mean eigenvalue, ≥ 0.
+        rank: The most that an update's rank may be; None leaves it to each layer.
+        guard: Whether held-out rows may refuse the step.
+        guard_confidence: Share of resamples that must agree before the evidence counts as strong.
+    """
+
+    directions: Sequence[str]
+    step_size: float | None
+    damping: float
+    rank: int | None
+    guard: bool
+    guard_confidence: float
+
+
+@dataclass
+class StepOutcome:
+    """What one step did. Losses are means over rows in nats, NaN where no held-out rows were at hand."""
+
+    direction: str
+    step_size: float
+    candidates: list[tuple[str, SearchResult]]
+    loss_before: float
+    loss_after: float
+    accepted: bool
+    reason: str
+    energy_lost: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Candidate(Protocol):
+    """A ray in parameter space."""
+
+    name: str
+    start: float
+
+    def apply(self, step_size: float) -> float:
+        """Puts the model at this step size; returns the share of the update's energy that could not be written."""
+        ...
+
+
+class ParameterCandidate:
+    """θ ← θ − η ∇L on the trainable parameters as they are."""
+
+    name = "sgd"
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._moves = [(p, p.detach().clone(), p.grad.detach().clone()) for p in parameters if p.grad is not None]
+        weights = math.sqrt(sum(float(start.float().square().sum()) for _, start, _ in self._moves))
+        slope = math.sqrt(sum(float(gradient.float().square().sum()) for _, _, gradient in self._moves))
+        self.start = RELATIVE_START * weights / slope if slope > 0 else RELATIVE_START
+
+    @torch.no_grad()
+    def apply(self, step_size: float) -> float:
+        for parameter, start, gradient in self._moves:
+            # In fp32, and rounded once: a bf16 weight would drop a small update.
+            parameter.copy_(start.float() - step_size * gradient.float())
+        return 0.0
+
+
+class LayerCandidate:
+    """W ← W + W_so_far − η D for every layer that has a direction."""
+
+    def __init__(self, name: str, moves: Sequence[tuple[Layer, LowRank]]) -> None:
+        self.name = name
+        self._moves = [(layer, direction, layer.read()) for layer, direction in moves]
+        weights = math.sqrt(sum(layer.weight_norm**2 for layer, _ in moves))
+        length = math.sqrt(sum(direction.norm() ** 2 for _, direction in moves))
+        self.start = RELATIVE_START * weights / length if length > 0 else RELATIVE_START
+
+    @torch.no_grad()
+    def apply(self, step_size: float) -> float:
+        lost = 0.0
+        for layer, direction, so_far in self._moves:
+            update = direction.scaled(-step_size)
+            lost = max(lost, layer.write(update if so_far is None else so_far.plus(update)))
+        return lost
+
+
+def build_candidates(
+    layers: Sequence[Layer],
+    statistics: Mapping[str, LayerStatistics],
+    parameters: Sequence[Tensor],
+    settings: StepSettings,
+) -> list[Candidate]:
+    """All candidates from one pass. A layer is whitened once, whatever the number of rules that use it."""
+    names = [name for name in settings.directions if name != "sgd"]
+    moves: dict[str, list[tuple[Layer, LowRank]]] = {name: [] for name in names}
+    for layer in layers if names else ():
+        record = statistics[layer.name]
+        if record.is_noise():
+            continue
+        white = whiten(record, settings.damping)
+        rank = layer.rank if settings.rank is None else min(settings.rank, layer.rank)
+        for name in names:
+            moves[name].append((layer, DIRECTIONS[name](white, rank)))
+    by_name: dict[str, Candidate] = {name: LayerCandidate(name, moves[name]) for name in names if moves[name]}
+    if "sgd" in settings.directions:
+        by_name["sgd"] = ParameterCandidate(parameters)
+    return [by_name[name] for name in settings.directions if name in by_name]
+
+
+class OneStepOptimizer(torch.optim.Optimizer):
+    """Moves once, along the best of its candidates, as far as the held-out rows say.
+
+    The pass adds up gradients of *summed* losses (in `.grad` and in the statistics) and calls `count` for every
+    micro-batch; `finish_pass` divides once by the exact number of items. `step` then builds the candidates,
+    searches each, takes the best, and keeps it only if the guard agrees; else every parameter gets back the bits it
+    had.
+
+    Args:
+        parameters: The trainable parameters.
+        settings: What the user fixed.
+        layers: Layers that a direction other than `sgd` moves.
+        statistics: By layer name; filled by `step.statistics.observed` during the pass.
+        held_out_losses: Losses of the held-out rows at the model as it stands, `(rows,)`; None without such rows,
+            and then the step size must be fixed and nothing guards it.
+        progress: Called with (candidate, step size, mean loss) after each point of the search.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        settings: StepSettings,
+        *,
+        layers: Sequence[Layer] = (),
+        statistics: Mapping[str, LayerStatistics] | None = None,
+        held_out_losses: Callable[[], Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(list(parameters), {"lr": settings.step_size if settings.step_size is not None else 1.0})
+        self.settings = settings
+        self.layers = layers
+        self.statistics = statistics or {}
+        self.outcomes: list[StepOutcome] = []
+        self._losses = held_out_losses
+        self._progress = progress
+        self._items = 0.0
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def begin_pass(self) -> None:
+        """Empties the sums: a pass that was cut short leaves nothing behind."""
+        self._items = 0.0
+        for record in self.statistics.values():
+            record.reset()
+
+    def count(self, items: float) -> None:
+        """Adds the number of items (rows, or labelled tokens) of a micro-batch."""
+        self._items += items
+
+    @torch.no_grad()
+    def finish_pass(self) -> float:
+        """Turns sums into means over all items of the pass; returns the number of items.
+
+        Raises:
+            ValueError: The pass met no labelled item.
+        """
+        items = self._items
+        if items == 0:
+            raise ValueError("The pass met no labelled item, so there is no gradient. Check the label column.")
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad /= items
+        for record in self.statistics.values():
+            record.finish(items)
+        return items
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Builds the candidates, searches, moves, guards; the outcome is appended to `outcomes`."""
+        loss = closure() if closure is not None else None
+        clock = _Clock()
+        candidates = build_candidates(self.layers, self.statistics, self._parameters, self.settings)
+        if not candidates:
+            raise ValueError(
+                f"None of the directions {list(self.settings.directions)} has a layer to move: every gradient is zero "
+                "or noise. Check that the labels vary and that the head is not all zeros."
+            )
+        clock.lap("directions")
+        before = [p.detach().clone() for p in self._parameters]
+        outcome, trials = self._search(candidates)
+        clock.lap("search")
+        if outcome.accepted and trials and self.settings.guard:
+            chosen = trials if self.settings.step_size is None or len(candidates) > 1 else trials[1:]
+            verdict = judge(trials[0], cross_fitted(chosen, FOLDS), confidence=self.settings.guard_confidence)
+            outcome.accepted, outcome.reason = verdict.accepted, verdict.reason
+        if not outcome.accepted:
+            for parameter, bits in zip(self._parameters, before, strict=True):
+                parameter.copy_(bits)
+        clock.lap("guard")
+        outcome.seconds = clock.seconds
+        self.outcomes.append(outcome)
+        return loss
+
+    def _search(self, candidates: Sequence[Candidate]) -> tuple[StepOutcome, list[Tensor]]:
+        """Leaves the model at the best point of the best candidate; also every trial's losses, the first at zero."""
+        fixed = self.settings.step_size
+        if self._losses is None:
+            if fixed is None or len(candidates) > 1:
+                raise ValueError("Without held-out rows the direction and the step size must both be fixed.")
+            lost, nan = candidates[0].apply(fixed), float("nan")
+            return StepOutcome(candidates[0].name, fixed, [], nan, nan, True, "accepted: not guarded", lost), []
+        trials = [self._losses()]
+        before = float(trials[0].mean())
+        searched: list[tuple[Candidate, SearchResult]] = []
+        for candidate in candidates:
+
+            def loss(step_size: float, candidate: Candidate = candidate) -> float:
+                assert self._losses is not None
+                candidate.apply(step_size)
+                trials.append(self._losses())
+                value = float(trials[-1].mean())
+                if self._progress is not None:
+                    self._progress(candidate.name, step_size, value)
+                return value
+
+            if fixed is None:
+                result = search_step_size(loss, candidate.start, loss_at_zero=before)
+            else:
+                result = SearchResult([(0.0, before), (fixed, loss(fixed))])
+            candidate.apply(0.0)
+            searched.append((candidate, result))
+        return self._move(searched, before), trials
+
+    def _move(self, searched: Sequence[tuple[Candidate, SearchResult]], before: float) -> StepOutcome:
+        best, result = min(searched, key=lambda pair: pair[1].best[1])
+        step_size, after = result.best
+        if self.settings.step_size is not None and not self.settings.guard:
+            step_size, after = result.points[1]
+        points = [(candidate.name, one) for candidate, one in searched]
+        if step_size == 0.0:
+            reason = "refused: no step size that was tried lowers the held-out loss"
+            return StepOutcome(best.name, 0.0, points, before, before, False, reason)
+        lost = best.apply(step_size)
+        return StepOutcome(best.name, step_size, points, before, after, True, "accepted: not guarded", lost)
+
+
+class _Clock:
+    """Wall time by part, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = now - self._last
+        self._last = now

@@ -1,0 +1,98 @@
+"""What differs by task: the model class, the columns, the loss of a row, the default metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of job. The step itself sees only layers, rows and a loss.
+
+    Args:
+        name: The Hub's `pipeline_tag`.
+        peft_task_type: PEFT's name of it.
+        auto_model: The auto class that loads a model for it.
+        class_suffix: How the model classes of this task end.
+        metrics: Names of the metrics where the user gives none.
+        row_losses: (logits, labels) -> the loss of each row, `(rows,)`, fp32.
+        items: labels -> how many items a mean loss was taken over.
+    """
+
+    name: str
+    peft_task_type: str
+    auto_model: Any
+    class_suffix: str
+    metrics: tuple[str, ...]
+    row_losses: Callable[[Tensor, Tensor], Tensor]
+    items: Callable[[Tensor], Tensor]
+
+
+def _classification_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), labels.long(), reduction="none", ignore_index=-100)
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    return labels.ne(-100).sum()
+
+
+TEXT_CLASSIFICATION = Task(
+    name="text-classification",
+    peft_task_type="SEQ_CLS",
+    auto_model=AutoModelForSequenceClassification,
+    class_suffix="ForSequenceClassification",
+    metrics=("accuracy",),
+    row_losses=_classification_losses,
+    items=_labelled,
+)
+TASKS = (TEXT_CLASSIFICATION,)
+
+
+def task_of(model: nn.Module) -> Task:
+    """The task of a model, by its class name.
+
+    Raises:
+        ValueError: No task fits, or the head's loss is not a mean of the rows' losses.
+    """
+    get_base = getattr(model, "get_base_model", None)
+    name = type(get_base() if get_base is not None else model).__name__
+    for task in TASKS:
+        if name.endswith(task.class_suffix):
+            return task
+    known = ", ".join(f"{task.name} (…{task.class_suffix})" for task in TASKS)
+    raise ValueError(
+        f"{name} has no task that one step knows. Known: {known}. Load the model with the matching auto class."
+    )
+
+
+def check_problem_type(config: Any) -> None:
+    """Refuses heads whose labels are not one class a row.
+
+    Raises:
+        ValueError: A regression or multi-label head.
+    """
+    problem = getattr(config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"`problem_type={problem!r}`: one step knows heads with one class a row. Set "
+            '`model.config.problem_type = "single_label_classification"`, or leave it out.'
+        )
+    if config.num_labels < 2:
+        raise ValueError(
+            f"The model has num_labels={config.num_labels}, a regression head; text classification needs at least 2 "
+            "classes. Load the model with `num_labels=` the number of classes."
+        )
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits of a model's output, whichever form it has."""
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"The model returned {type(logits).__name__} as logits, not a tensor.")
+    return logits

@@ -1,0 +1,382 @@
+"""OneStepTrainer: the step inside Trainer's stock loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import TrainOutput
+
+from onestep_peft import head, preparation
+from onestep_peft import metrics as metric_names
+from onestep_peft.callbacks import StepCallback, StepProgress
+from onestep_peft.config import OneStepConfig
+from onestep_peft.errors import nearest
+from onestep_peft.gradient import ExactGradientTrainer, not_finite
+from onestep_peft.held_out import HeldOut, batched_by_length, listed, select, split_rows
+from onestep_peft.methods import lora
+from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
+from onestep_peft.saving import check_free, portable, save_adapter, save_whole
+from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
+from onestep_peft.step.statistics import observed
+from onestep_peft.tasks import task_of
+
+MAX_DIRECTION_RANK = 8
+SHOWN_ROWS = 10
+
+
+class OneStepTrainer(ExactGradientTrainer):
+    """A `transformers.Trainer` whose training is one step over all rows.
+
+    The pass, the callbacks, the logs and the checkpoints are Trainer's. In place of an optimizer's many steps there
+    is one: the exact gradient of all rows, directions worked out from the one pass, a search for the step size on
+    held-out rows, and a guard that undoes the step where it does not help.
+
+    Args:
+        model: A model with a classification head, a PeftModel, or the name or folder of a base.
+        args: OneStepConfig; plain TrainingArguments are taken over.
+        train_dataset: Rows with text and a label (string or integer), or tokenised rows.
+        eval_dataset: Rows that report (before, with the fitted head, after); they never choose.
+        search_dataset: Rows that choose the step and guard it. None: they are held out of the training rows.
+        processing_class: The tokenizer; loaded with the model where that is given by name.
+        data_collator: As in Trainer.
+        peft_config: The adapter, a `LoraConfig`; default `LoraConfig(r=8, lora_alpha=8)`. Its `target_modules`
+            default to every linear layer but the head.
+        metrics: Names or `evaluate.Metric` objects; default by task.
+        compute_metrics: As in Trainer, in place of `metrics`.
+        model_init: As in Trainer, in place of `model`.
+        text_column: The column with the text, or two of them for pairs; guessed where it is clear.
+        label_column: The column with the class; guessed where it is clear.
+        callbacks: As in Trainer.
+
+    Attributes:
+        report: What the last `train` did, a `StepReport`.
+
+    Raises:
+        ValueError: Rows, labels, an adapter or arguments that one step cannot work with, before any work.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel | str | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        search_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        model_init: Callable[[], PreTrainedModel] | None = None,
+        peft_config: PeftConfig | None = None,
+        metrics: Sequence[Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        text_column: str | Sequence[str] | None = None,
+        label_column: str | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        config = OneStepConfig.upcast(args)
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is missing: one step is worked out from the training rows.")
+        if metrics is not None and compute_metrics is not None:
+            raise ValueError("`metrics` and `compute_metrics` are both given. Leave one of them out.")
+        if config.push_to_hub:
+            raise ValueError(
+                "`push_to_hub=True` is not supported yet. Save the folder, then upload it with `hf upload`."
+            )
+        resolved = metric_names.resolve(metrics or ())
+        template = model_init() if model is None and model_init is not None else model
+        if template is None:
+            raise ValueError("`model` is missing: give a model, its name, or `model_init`.")
+        sets = preparation.Sets(train_dataset, search_dataset, eval_dataset)
+        prepared = preparation.prepare(template, processing_class, sets, text_column, label_column)
+        self._peft_config = peft_config
+        self.pass_rows, self._held_rows = split_rows(prepared.sets.train, prepared.sets.search, config)
+        if compute_metrics is None:
+            resolved = resolved or metric_names.resolve(task_of(prepared.model).metrics)
+            compute_metrics = metric_names.compute_metrics(resolved, _config_of(prepared.model).num_labels)
+            config.batch_eval_metrics = True
+        self.report = StepReport()
+        self._saved_to: set[Path] = set()
+        super().__init__(
+            model=self._adapt(prepared.model) if model is not None else None,
+            args=config,
+            data_collator=data_collator,
+            train_dataset=select(prepared.sets.train, self.pass_rows),
+            eval_dataset=prepared.sets.evaluation,
+            processing_class=prepared.processing_class,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=[StepCallback(self), *(callbacks or [])],
+        )
+        self._progress = self._replace_progress_bar()
+
+    def _adapt(self, model: nn.Module) -> PeftModel:
+        self._adapted = preparation.adapt(model, self._peft_config)
+        self.task = self._adapted.task
+        return self._adapted.model
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """The model that `model_init` makes, with the adapter on it."""
+        return self._adapt(super().call_model_init(trial))
+
+    def _replace_progress_bar(self) -> StepProgress | None:
+        if self.args.disable_tqdm:
+            return None
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+        progress = StepProgress()
+        self.add_callback(progress)
+        return progress
+
+    # The run, from the moments that Trainer announces
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """One step (or `max_steps` of them), reported in `report`.
+
+        An error, or an interruption, leaves every parameter with the bits that it had.
+
+        Raises:
+            ValueError: The output folder holds another run, or a row's loss is not finite.
+        """
+        output_dir = Path(self._config.output_dir or ".")
+        if output_dir not in self._saved_to:
+            check_free(output_dir)
+        self.report = StepReport(task=self.task.name, method=lora.name)
+        self.optimizer, self._head_done = None, False
+        self._seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
+        self.pass_seconds = 0.0
+        before = [(p, p.detach().clone()) for p in self._peft_model.parameters() if p.requires_grad]
+        began = time.perf_counter()
+        try:
+            with contextlib.ExitStack() as self._stack:
+                output = super().train(*args, **kwargs)
+        except BaseException:
+            with torch.no_grad():
+                for parameter, bits in before:
+                    parameter.copy_(bits)
+            raise
+        finally:
+            if self._progress is not None:
+                self._progress.close()
+        self._measure("after")
+        self._fill_report(time.perf_counter() - began)
+        return output
+
+    def begin_run(self) -> None:
+        """Before the first pass: the base's score, the held-out rows, the head and its score."""
+        if self._head_done or self.state.global_step > 0:  # a retry with smaller batches, or a resumed run
+            return
+        self._measure("base")
+        self._held_out = self._make_held_out()
+        self._check_target()
+        if self._fits_head():
+            with self._clock("head"):
+                self._fit_head()
+            self._measure("head")
+        self._head_done = True
+
+    def end_step(self) -> bool:
+        """After a step: books its times; returns whether to stop here."""
+        outcome = self.one_step.outcomes[-1]
+        for part, seconds in outcome.seconds.items():
+            self._seconds[part] += seconds
+        return not outcome.accepted or self._reached_target()
+
+    # The step
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The step behind torch.optim's interface, in place of AdamW."""
+        if self.optimizer is None:
+            config = self._config
+            layers = [] if config.directions == ("sgd",) else lora.layers(self._peft_model)
+            rank = config.rank if config.rank is not None else MAX_DIRECTION_RANK
+            settings = StepSettings(
+                config.directions, config.fixed_step_size, config.damping, rank, config.guard, config.guard_confidence
+            )
+            self.optimizer = OneStepOptimizer(
+                [p for p in self._peft_model.parameters() if p.requires_grad],
+                settings,
+                layers=layers,
+                statistics=self._stack.enter_context(observed(layers)),
+                held_out_losses=self._held_out_losses if self._held_rows is not None else None,
+                progress=self._show_point,
+            )
+        return self.optimizer
+
+    @property
+    def _config(self) -> OneStepConfig:
+        return cast(OneStepConfig, self.args)
+
+    @property
+    def _peft_model(self) -> PeftModel:
+        return cast(PeftModel, self.accelerator.unwrap_model(cast(nn.Module, self.model)))
+
+    def _show_point(self, direction: str, step_size: float, loss: float) -> None:
+        if self._progress is not None:
+            self._progress.advance(f"{direction}: loss {loss:.4f} at {step_size:.3g}")
+
+    def _held_out_losses(self) -> Tensor:
+        assert self._held_out is not None
+        return self._held_out.losses(self._peft_model)
+
+    def _make_held_out(self) -> HeldOut | None:
+        if self._held_rows is None:
+            return None
+        order, positions = batched_by_length(listed(self._held_rows), self.args.eval_batch_size)
+        batches = self.get_test_dataloader(select(self._held_rows, order))
+        held_out = HeldOut(batches, positions, self.task)
+        bad = int((~torch.isfinite(held_out.losses(self._peft_model))).sum())
+        if bad:
+            raise ValueError(not_finite(float("nan"), f"{bad} of the {held_out.rows} held-out rows"))
+        return held_out
+
+    def _check_target(self) -> None:
+        if self._config.stop_at is None:
+            return
+        if self._held_rows is None:
+            raise ValueError("`stop_at` needs held-out rows: give a `search_dataset`, or leave `guard` on.")
+        scores = self._scores(self._held_rows)
+        if self._target_name not in scores:
+            near = nearest(self._target_name, scores)
+            raise ValueError(f"`metric_for_best_model={self._target_name!r}` is none of {sorted(scores)}.{near}")
+
+    @property
+    def _target_name(self) -> str:
+        return (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+
+    def _reached_target(self) -> bool:
+        target = self._config.stop_at
+        if target is None:
+            return False
+        score = self._scores(self._held_rows)[self._target_name]
+        greater = self.args.greater_is_better
+        if greater is None:
+            greater = not self._target_name.endswith("loss")
+        return score >= target if greater else score <= target
+
+    # The head
+
+    def _fits_head(self) -> bool:
+        wanted = self._config.fit_head
+        if wanted is True and self._adapted.head is None:
+            raise ValueError("`fit_head=True`, but the model has no freshly initialised head. Leave it out.")
+        return self._adapted.head is not None and (not self._config.is_plain if wanted == "auto" else bool(wanted))
+
+    def _fit_head(self) -> None:
+        assert self._adapted.head is not None
+        layer = head.active(self._peft_model, self._adapted.head)
+        batches = self.get_test_dataloader(cast(Any, self.train_dataset))
+        x, labels = head.features(self._peft_model, layer, self._watched(batches, "head"))
+        finite = torch.isfinite(x).all(1)
+        if not finite.all():
+            self.forget_cursor()
+            raise ValueError(not_finite(float("nan"), self.name_rows((~finite).nonzero().flatten().tolist())))
+        held = head.features(self._peft_model, layer, self._held_out.batches) if self._held_out is not None else None
+        head.install(layer, head.fit(x, labels, held_out=held, classes=layer.out_features, bias=layer.bias is not None))
+
+    def _watched(self, batches: DataLoader, what: str) -> Iterator[Any]:
+        if self._progress is not None:
+            self._progress.start(what, len(batches), "batch")
+        for batch in batches:
+            yield batch
+            if self._progress is not None:
+                self._progress.advance()
+
+    # The report
+
+    @contextlib.contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[part] += time.perf_counter() - began
+
+    def _measure(self, stage: str) -> None:
+        """Scores the evaluation rows at this stage of the run."""
+        if self.eval_dataset is None:
+            return
+        with self._clock("evaluation"):
+            if stage == "after" and not any(outcome.accepted for outcome in self.one_step.outcomes):
+                self.report.metrics["after"] = self.report.metrics["head"] or self.report.metrics["base"]
+            elif isinstance(self.eval_dataset, Mapping):
+                scores = [(name, self._scores(rows)) for name, rows in self.eval_dataset.items()]
+                self.report.metrics[stage] = {f"{name}_{key}": v for name, one in scores for key, v in one.items()}
+            else:
+                self.report.metrics[stage] = self._scores(self.eval_dataset)
+
+    def _scores(self, rows: Any) -> dict[str, float]:
+        """Loss and metrics of some rows, without Trainer's callbacks."""
+        result = self.evaluation_loop(
+            self.get_test_dataloader(rows), description="Evaluation", metric_key_prefix="eval"
+        )
+        scores = {key.removeprefix("eval_"): value for key, value in (result.metrics or {}).items()}
+        return {key: value for key, value in scores.items() if key != "model_preparation_time"}
+
+    def _fill_report(self, seconds: float) -> None:
+        report, config = self.report, _config_of(self._peft_model)
+        held = len(self._held_rows) if self._held_rows is not None else 0
+        report.base_model = config.name_or_path
+        report.base_revision = getattr(config, "_commit_hash", None)
+        report.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+        report.rows = {
+            "gradient": len(self.pass_rows),
+            "search": held if self._config.fixed_step_size is None or len(self._config.directions) > 1 else 0,
+            "guard": held if self._config.guard else 0,
+        }
+        self._seconds["pass"] = self.pass_seconds
+        self._seconds["total"] = seconds - self._seconds["evaluation"]
+        report.seconds = {part: round(value, 3) for part, value in self._seconds.items()}
+        report.peak_memory_bytes = peak_memory(self.args.device)
+        report.steps = [step_record(outcome) for outcome in self.one_step.outcomes]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer, with the step size that was found in place of a learning rate."""
+        if "learning_rate" in logs and self.optimizer is not None and self.one_step.outcomes:
+            logs = {key: value for key, value in logs.items() if key != "learning_rate"}
+            logs["step_size"] = self.one_step.outcomes[-1].step_size
+        super().log(logs, start_time)
+
+    # Saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """An ordinary PEFT adapter with its head, tokenizer, report and picture; the folder is whole or absent.
+
+        Checkpoints that Trainer makes on the way are Trainer's own, without the token.
+        """
+        if _internal_call:
+            token, self.args.hub_token = self.args.hub_token, None
+            try:
+                super().save_model(output_dir, _internal_call=True)
+            finally:
+                self.args.hub_token = token
+        elif self.args.should_save:
+            folder = Path(output_dir or self._config.output_dir or ".")
+            self.report = save_whole(folder, lambda staging: self._write(staging, folder))
+            self._saved_to.add(folder)
+
+    def _write(self, staging: Path, folder: Path) -> StepReport:
+        save_adapter(self._peft_model, staging)
+        tokenizer: Any = self.processing_class
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        self.report.plot(staging / PICTURE)
+        base = _config_of(self._peft_model).name_or_path
+        return replace(self.report, base_model=portable(base, folder.resolve()))
+
+
+def _config_of(model: nn.Module) -> Any:
+    """The configuration of a model, or of the base under its adapter."""
+    return cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model).config
