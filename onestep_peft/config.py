@@ -93,6 +93,8 @@ class OneStepConfig(TrainingArguments):
             _check_range("rank", self.rank, 1, None, "8")
         self._check_stock_fields()
         super().__post_init__()
+        if self.device.type == "cpu":  # pinning memory without an accelerator only warns
+            self.dataloader_pin_memory = False
         if self.n_gpu > 1 and self.world_size <= 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs in one process: Trainer would use DataParallel, whose gradient is not exact. "

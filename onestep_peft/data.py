@@ -24,8 +24,11 @@ TEXT_PAIRS = (
 )
 
 
-def read(source: str) -> DatasetDict:
+def read(source: str, configuration: str | None = None) -> DatasetDict:
     """Rows from a file (jsonl, csv, parquet), a folder of such files named after their splits, or a Hub id.
+
+    Args:
+        configuration: Which one of a Hub data set's configurations.
 
     Raises:
         ValueError: Neither such a path nor a data set on the Hub.
@@ -43,7 +46,7 @@ def read(source: str) -> DatasetDict:
             raise ValueError(f"No file {source!r}. Check the path.")
         return DatasetDict({"train": _read_file(path)})
     try:
-        found = datasets.load_dataset(source)
+        found = datasets.load_dataset(source, configuration)
     except Exception as error:  # datasets raises a dozen kinds for one cause
         raise ValueError(
             f"No data set {source!r}: it is no file or folder here ({', '.join(BUILDERS)}), and the Hub "
@@ -60,6 +63,12 @@ def _read_file(path: Path) -> Dataset:
         cause = error.__cause__ or error
         raise ValueError(f"{str(path)!r} cannot be read as {BUILDERS[path.suffix]}: {cause}") from error
     return rows
+
+
+def hides_labels(rows: Dataset, column: str | None) -> bool:
+    """Whether the labels are all -1, as in the test splits of benchmarks."""
+    name = column or next((name for name in LABEL_COLUMNS if name in rows.column_names), None)
+    return name in rows.column_names and len(rows) > 0 and set(rows.unique(name)) == {-1}
 
 
 @dataclass(frozen=True)

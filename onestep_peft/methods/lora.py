@@ -22,6 +22,8 @@ ADAPTER = "default"
 # Inits that leave the base weights alone and need no data. The others change the base, so that the adapter would
 # not load onto the original one.
 SAFE_INITS: tuple[Any, ...] = (True, False, "gaussian", "orthogonal")
+# PEFT itself adds these to `modules_to_save` of a sequence classifier.
+SAVED_BY_PEFT = {"classifier", "score"}
 # Options that make a layer more than W + scaling · B · A.
 VARIANTS = (
     "use_dora",
@@ -109,7 +111,7 @@ def wrap(
         config.target_modules = linears
     if config.task_type is None:
         config.task_type = task_type
-    config.modules_to_save = sorted({*(config.modules_to_save or ()), *head})
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), *head} - SAVED_BY_PEFT) or None
     targets = config.target_modules
     try:
         return get_peft_model(model, config, revision=revision)
