@@ -95,10 +95,15 @@ class OneStepConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":  # pinning memory without an accelerator only warns
             self.dataloader_pin_memory = False
-        if self.n_gpu > 1 and self.world_size <= 1:
+        if self.world_size > 1:
+            raise ValueError(
+                f"{self.world_size} processes: one step runs in a single process so far. Start it without "
+                "`accelerate launch` or `torchrun`."
+            )
+        if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs in one process: Trainer would use DataParallel, whose gradient is not exact. "
-                " Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+                "Set CUDA_VISIBLE_DEVICES to one GPU."
             )
 
     @property

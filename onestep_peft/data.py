@@ -77,11 +77,11 @@ class Columns:
 
     Args:
         text: One name, or two for pairs of texts.
-        label: The class, a string or an integer.
+        label: The class, a string or an integer; None where rows are only to be predicted.
     """
 
     text: tuple[str, ...]
-    label: str
+    label: str | None
 
 
 def guess_columns(rows: Dataset, text: str | Sequence[str] | None = None, label: str | None = None) -> Columns:
@@ -136,12 +136,12 @@ def label_names(rows: Dataset, column: str) -> list[str] | None:
     return None
 
 
-def count_labels(rows: Dataset, columns: Columns) -> tuple[list[str] | None, int]:
+def count_labels(rows: Dataset, column: str) -> tuple[list[str] | None, int]:
     """Names of the classes (None for bare integers) and their number."""
-    names = label_names(rows, columns.label)
+    names = label_names(rows, column)
     if names is not None:
         return names, len(names)
-    values = [value for value in rows.unique(columns.label) if isinstance(value, int) and value >= 0]
+    values = [value for value in rows.unique(column) if isinstance(value, int) and value >= 0]
     return None, max(values, default=-1) + 1
 
 
@@ -164,7 +164,7 @@ def tokenise(
     Raises:
         ValueError: A row without text, or a label that is no class of the model.
     """
-    labels = _numbers(rows, columns.label, label2id, classes, what)
+    labels = {} if columns.label is None else {"labels": _numbers(rows, columns.label, label2id, classes, what)}
     empty = [i for i, text in enumerate(rows[columns.text[0]]) if not isinstance(text, str)]
     if empty:
         raise ValueError(
@@ -172,13 +172,13 @@ def tokenise(
         )
     texts = [list(rows[name]) for name in columns.text]
     tokens = tokenizer(*texts, truncation=True, max_length=max_length)
-    return Dataset.from_dict({**{name: tokens[name] for name in tokens}, "labels": labels})
+    return Dataset.from_dict({**{name: tokens[name] for name in tokens}, **labels})
 
 
 def check_columns(rows: Dataset, columns: Columns, what: str) -> None:
     """Raises a ValueError for a missing column."""
     for name in (*columns.text, columns.label):
-        if name not in rows.column_names:
+        if name is not None and name not in rows.column_names:
             raise ValueError(
                 f"{what} has no column {name!r}; its columns are {rows.column_names}.{nearest(name, rows.column_names)}"
             )

@@ -97,54 +97,61 @@ class Sets:
         return Sets(done.get("train_dataset"), done.get("search_dataset"), evaluation)
 
 
-def class_names(sets: Sets, columns: data.Columns) -> list[str]:
+def class_names(sets: Sets, column: str) -> list[str]:
     """Names of the classes for a model that is still to be loaded, from the training rows."""
-    names, number = data.count_labels(sets.train, columns)
+    names, number = data.count_labels(sets.train, column)
     if names is None:
         # A class that only the other sets have still needs its place.
-        number = max(number, *(data.count_labels(rows, columns)[1] for _, rows in sets.items() if is_raw(rows)))
+        number = max(number, *(data.count_labels(rows, column)[1] for _, rows in sets.items() if is_raw(rows)))
         names = [f"LABEL_{i}" for i in range(number)]
     if len(names) < 2:
         raise ValueError(
-            f"The training rows have {len(names)} class in column {columns.label!r} ({names}); it takes at least 2."
+            f"The training rows have {len(names)} class in column {column!r} ({names}); it takes at least 2."
         )
     return names
 
 
-def name_labels(model: nn.Module, sets: Sets, columns: data.Columns | None) -> None:
+def name_labels(model: nn.Module, rows: Dataset, column: str) -> None:
     """Gives the model the names of string labels, where it has as many classes and only default names for them."""
     config: Any = model.config
-    if (
-        columns is None
-        or not is_raw(sets.train)
-        or any(not str(name).startswith("LABEL_") for name in config.id2label.values())
-    ):
+    if any(not str(name).startswith("LABEL_") for name in config.id2label.values()):
         return
-    names = data.label_names(sets.train, columns.label)
+    names = data.label_names(rows, column)
     if names is not None and len(names) == config.num_labels:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
 
 
-def tokenise(
-    sets: Sets, columns: data.Columns | None, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
-) -> Sets:
-    """The sets as tokens and integer labels; sets that are tokenised already are only checked."""
-    config: Any = model.config
-    limit = min(
-        tokenizer.model_max_length if tokenizer is not None else NO_LIMIT,
-        getattr(config, "max_position_embeddings", None) or NO_LIMIT,
-    )
+@dataclass(frozen=True)
+class Tokeniser:
+    """Makes tokens and integer labels of rows with text; rows that are tokens already are only checked.
 
-    def change(name: str, rows: Any) -> Any:
+    Args:
+        tokenizer: None where no set holds text.
+        columns: None where no set holds text.
+        config: The model's configuration: its classes and its longest input.
+    """
+
+    tokenizer: Any
+    columns: data.Columns | None
+    config: Any
+
+    def __call__(self, name: str, rows: Any, *, labelled: bool = True) -> Any:
+        """The set `name` as the model takes it; rows to predict may come without labels."""
+        rows = as_rows(rows)
         if not is_raw(rows):
-            return check_tokenised(name, rows, config.num_labels)
-        if tokenizer is None or columns is None:
+            return check_tokenised(name, rows, self.config.num_labels) if labelled else rows
+        if self.tokenizer is None or self.columns is None:
             raise ValueError(f"{name} holds text, so `processing_class=` must be the model's tokenizer.")
-        max_length = limit if limit < NO_LIMIT else MAX_LENGTH
-        return data.tokenise(rows, columns, tokenizer, config.label2id, config.num_labels, max_length, name)
-
-    return sets.map(change)
+        columns = self.columns
+        if not labelled and columns.label not in rows.column_names:
+            columns = data.Columns(columns.text, None)
+        data.check_columns(rows, columns, name)
+        limits = (self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None) or NO_LIMIT)
+        max_length = min(limits) if min(limits) < NO_LIMIT else MAX_LENGTH
+        return data.tokenise(
+            rows, columns, self.tokenizer, self.config.label2id, self.config.num_labels, max_length, name
+        )
 
 
 def check_tokenised(name: str, rows: Any, classes: int) -> Any:
@@ -157,27 +164,27 @@ def check_tokenised(name: str, rows: Any, classes: int) -> Any:
         raise ValueError(f"{name} has no length; one step needs to know its rows. Pass a map-style dataset.")
     if len(rows) == 0:
         raise ValueError(f"{name} has no rows. Give at least one labelled row.")
-    if not isinstance(rows, Dataset):
-        return rows
-    column = next((column for column in ("labels", "label") if column in rows.column_names), None)
+    names = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
+    column = next((column for column in ("labels", "label") if column in names), None)
     if column is None:
-        raise ValueError(f"{name} has no column 'labels'; its columns are {rows.column_names}.")
-    for i, label in enumerate(rows[column]):
+        raise ValueError(f"{name} has no column 'labels'; its columns are {names}.")
+    for i, label in enumerate(rows[column] if isinstance(rows, Dataset) else [row[column] for row in rows]):
         if label != -100 and not 0 <= label < classes:
             raise ValueError(
                 f"{name}, row {i}: label {label} is out of range: the model has {classes} classes, 0 to {classes - 1}. "
                 "Fix the row, or load the model with a larger `num_labels`."
             )
-    return rows if column == "labels" else rows.rename_column("label", "labels")
+    return rows.rename_column("label", "labels") if isinstance(rows, Dataset) and column == "label" else rows
 
 
 @dataclass
 class Prepared:
-    """A model that is not adapted yet, its tokenizer, and tokenised sets."""
+    """A model that is not adapted yet, its tokenizer, tokenised sets, and how to tokenise more."""
 
     model: nn.Module
     processing_class: Any
     sets: Sets
+    tokenise: Tokeniser
 
 
 def prepare(
@@ -198,16 +205,18 @@ def prepare(
         assert columns is not None
         data.check_columns(rows, columns, name)
     if isinstance(model, str):
-        if columns is None or not is_raw(sets.train):
+        if columns is None or columns.label is None or not is_raw(sets.train):
             raise ValueError(
                 f"`model={model!r}` is a name, so its classes must come from rows with text. Load the model."
             )
         processing_class = processing_class or load_tokenizer(model)
-        model = load_base(model, class_names(sets, columns))
+        model = load_base(model, class_names(sets, columns.label))
     task_of(model)
     check_problem_type(model.config)
-    name_labels(model, sets, columns)
-    return Prepared(model, processing_class, tokenise(sets, columns, model, processing_class))
+    if columns is not None and columns.label is not None and is_raw(sets.train):
+        name_labels(model, sets.train, columns.label)
+    tokenise = Tokeniser(processing_class, columns, model.config)
+    return Prepared(model, processing_class, sets.map(tokenise), tokenise)
 
 
 @dataclass
@@ -238,7 +247,9 @@ def adapt(model: nn.Module, peft_config: Any) -> Adapted:
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError("The model has an adapter already, so `peft_config` has nothing to say. Leave it out.")
-        lora.validate(model.peft_config[model.active_adapter])
+        lora.validate(model.peft_config[str(model.active_adapter)])
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("The model's adapter is frozen. Load it with `is_trainable=True`.")
         return Adapted(model, task, [], None)
     if peft_config is None:
         peft_config = LoraConfig(r=8, lora_alpha=8)

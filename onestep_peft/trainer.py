@@ -105,6 +105,7 @@ class OneStepTrainer(ExactGradientTrainer):
         sets = preparation.Sets(train_dataset, search_dataset, eval_dataset)
         prepared = preparation.prepare(template, processing_class, sets, text_column, label_column)
         self._peft_config = peft_config
+        self._tokenise = prepared.tokenise
         self.pass_rows, self._held_rows = split_rows(prepared.sets.train, prepared.sets.search, config)
         if compute_metrics is None:
             resolved = resolved or metric_names.resolve(task_of(prepared.model).metrics)
@@ -178,11 +179,13 @@ class OneStepTrainer(ExactGradientTrainer):
 
     def begin_run(self) -> None:
         """Before the first pass: the base's score, the held-out rows, the head and its score."""
-        if self._head_done or self.state.global_step > 0:  # a retry with smaller batches, or a resumed run
+        if self._head_done:  # a retry with smaller batches
             return
-        self._measure("base")
         self._held_out = self._make_held_out()
         self._check_target()
+        if self.state.global_step > 0:  # a resumed run: its head was fitted before its first step
+            return
+        self._measure("base")
         if self._fits_head():
             with self._clock("head"):
                 self._fit_head()
@@ -295,6 +298,18 @@ class OneStepTrainer(ExactGradientTrainer):
             yield batch
             if self._progress is not None:
                 self._progress.advance()
+
+    # Rows with text, for evaluate and predict too
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in Trainer; rows may hold text."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._tokenise("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As in Trainer; rows may hold text, and come without labels."""
+        return super().get_test_dataloader(self._tokenise("test_dataset", test_dataset, labelled=False))
 
     # The report
 

@@ -17,7 +17,6 @@ from onestep_peft.errors import nearest
 from onestep_peft.step.layers import Layer, LowRank
 
 name = "lora"
-ADAPTER = "default"
 
 # Inits that leave the base weights alone and need no data. The others change the base, so that the adapter would
 # not load onto the original one.
@@ -131,15 +130,16 @@ def layers(model: PeftModel) -> list[Layer]:
     Raises:
         ValueError: An adapted layer is not linear (an embedding, a convolution).
     """
-    return [_layer(module_name, module) for module_name, module in _adapted(model)]
+    adapter = str(model.active_adapter)
+    return [_layer(module_name, module, adapter) for module_name, module in _adapted(model, adapter)]
 
 
-def _adapted(model: PeftModel) -> Iterator[tuple[str, LoraLinear]]:
+def _adapted(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLinear]]:
     for module_name, module in model.named_modules():
         adapters = getattr(module, "lora_A", None)
         if adapters is None and not hasattr(module, "lora_embedding_A"):
             continue
-        plain = isinstance(adapters, nn.ModuleDict) and ADAPTER in adapters and isinstance(adapters[ADAPTER], nn.Linear)
+        plain = isinstance(adapters, nn.ModuleDict) and adapter in adapters and isinstance(adapters[adapter], nn.Linear)
         if not plain:
             if hasattr(module, "base_layer"):
                 raise ValueError(
@@ -150,36 +150,38 @@ def _adapted(model: PeftModel) -> Iterator[tuple[str, LoraLinear]]:
         yield module_name, module
 
 
-def _factors(module: LoraLinear) -> tuple[Tensor, Tensor]:
+def _factors(module: LoraLinear, adapter: str) -> tuple[Tensor, Tensor]:
     """A `(r, d_in)` and B `(d_out, r)`. Asked for anew each time: FSDP2 swaps parameters."""
-    down: Any = module.lora_A[ADAPTER]
-    up: Any = module.lora_B[ADAPTER]
+    down: Any = module.lora_A[adapter]
+    up: Any = module.lora_B[adapter]
     return down.weight, up.weight
 
 
-def _layer(module_name: str, module: LoraLinear) -> Layer:
-    scaling = float(module.scaling[ADAPTER])
+def _layer(module_name: str, module: LoraLinear, adapter: str) -> Layer:
+    scaling = float(module.scaling[adapter])
     if scaling == 0:
         raise ValueError(
             f"The adapter's scaling at {module_name} is 0, so no step could have an effect. Change its alpha."
         )
 
     def read() -> LowRank | None:
-        down, up = (factor.detach().float() for factor in _factors(module))
+        down, up = (factor.detach().float() for factor in _factors(module, adapter))
         return LowRank(up * scaling, down.clone()) if bool(up.any()) and bool(down.any()) else None
 
-    down, up = _factors(module)
+    down, up = _factors(module, adapter)
     shape = (up.shape[0], down.shape[1])
     weight = cast(Tensor, module.get_base_layer().weight)
     # A quantised weight is packed integers: its norm says nothing, and an orthogonal layer's is as good a guess.
     norm = float(weight.detach().float().norm()) if weight.is_floating_point() else math.sqrt(min(shape))
-    return Layer(module_name, module, shape, norm, down.shape[0], read, lambda update: _write(module, update, scaling))
+    return Layer(
+        module_name, module, shape, norm, down.shape[0], read, lambda update: _write(module, adapter, update, scaling)
+    )
 
 
 @torch.no_grad()
-def _write(module: LoraLinear, update: LowRank, scaling: float) -> float:
+def _write(module: LoraLinear, adapter: str, update: LowRank, scaling: float) -> float:
     """scaling · B · A ← update, B and A of equal norm. Rows of A that the update does not need stay as they are."""
-    down, up = _factors(module)
+    down, up = _factors(module, adapter)
     fitted, lost = update.truncated(down.shape[0])
     left = fitted.left / scaling  # (d_out, rank)
     left_norm, right_norm = float(left.norm()), float(fitted.right.norm())
