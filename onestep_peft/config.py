@@ -122,6 +122,16 @@ class OneStepConfig(TrainingArguments):
         """Whether the step is θ ← θ − η∇L and nothing else."""
         return self.directions == ("sgd",) and self.fixed_step_size is not None
 
+    @property
+    def chooses(self) -> bool:
+        """Whether held-out rows choose a direction or a step size."""
+        return self.fixed_step_size is None or len(self.directions) > 1
+
+    @property
+    def needs_held_out_rows(self) -> bool:
+        """Whether something has to be chosen or judged. The plain step asks for neither."""
+        return self.chooses or (self.guard and not self.is_plain)
+
     def _check_direction(self) -> None:
         names = [self.direction] if isinstance(self.direction, str) else list(self.direction)
         for name in names:

@@ -88,24 +88,34 @@ def batched_by_length(rows: Sequence[Mapping[str, Any]], batch_size: int) -> tup
 def split_rows(train: Any, search: Any, config: OneStepConfig) -> tuple[list[int], Any]:
     """Numbers of the training rows that give the gradient, in the order of the pass, and the held-out rows.
 
+    Rows without a label are left out of both: they have no loss.
+
     Raises:
         ValueError: Rows must be held out, and too few are left.
     """
     rows = listed(train)
-    kept, held_out = list(range(len(rows))), search
-    if held_out is None and not config.is_plain and (config.guard or config.fixed_step_size is None):
-        kept, held = carve(rows, config.search_fraction, config.search_rows_max)
-        if len(held) < 2 or not kept:
+    kept, held_out = _labelled(rows), search
+    if not kept:
+        raise ValueError("No row of train_dataset has a label. Check the label column.")
+    if held_out is not None:
+        held_out = select(held_out, _labelled(listed(held_out)))
+    elif config.needs_held_out_rows:
+        stay, held = carve([rows[i] for i in kept], config.search_fraction, config.search_rows_max)
+        if len(held) < 2 or not stay:
             raise ValueError(
-                f"{len(rows)} training rows with `search_fraction={config.search_fraction}` leave {len(held)} rows "
+                f"{len(kept)} training rows with `search_fraction={config.search_fraction}` leave {len(held)} rows "
                 "to choose the step and guard it; it takes at least 2. Give a `search_dataset`, raise "
                 "`search_fraction`, or fix `step_size` and set `guard=False`."
             )
-        held_out = select(train, held)
+        held_out, kept = select(train, [kept[i] for i in held]), [kept[i] for i in stay]
     # The order does not change a sum, and rows of similar length need little padding. The longest come first: if
     # memory does not suffice, it shows at once.
     kept.sort(key=lambda i: -len(rows[i].get("input_ids", ())))
     return kept, held_out
+
+
+def _labelled(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [i for i, row in enumerate(rows) if int(row["labels"]) != -100]
 
 
 def listed(rows: Any) -> list[Any]:

@@ -90,7 +90,7 @@ def _by_name(name: str) -> evaluate.EvaluationModule:
     except Exception as error:  # evaluate raises FileNotFoundError, ConnectionError, ImportError, ... for one cause
         raise ValueError(
             f"No metric {name!r}: it is not one of the bundled {', '.join(BUNDLED)}, and `evaluate.load` does not find "
-            f"it ({type(error).__name__}).{nearest(name, BUNDLED)}"
+            f"it ({type(error).__name__}: {error}).{nearest(name, BUNDLED)}"
         ) from error
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from onestep_peft import data, head
 from onestep_peft.methods import lora
@@ -45,11 +48,24 @@ def load_base(base: str, labels: Sequence[str], revision: str | None = None) -> 
     id2label = dict(enumerate(labels))
     label2id = {label: i for i, label in id2label.items()}
     try:
+        AutoConfig.from_pretrained(base, revision=revision)
+        revision = pinned(base, revision) or revision
         return TEXT_CLASSIFICATION.auto_model.from_pretrained(
             base, revision=revision, num_labels=len(labels), id2label=id2label, label2id=label2id
         )
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(base, "model", error)) from error
+
+
+def pinned(base: str, revision: str | None = None) -> str | None:
+    """The commit that a base on the Hub was loaded at, as the cache has it; None for a folder.
+
+    transformers 5 does not keep it. Without a pin, an adapter would follow whatever its base becomes.
+    """
+    if not base or os.path.isdir(base):
+        return None
+    found = try_to_load_from_cache(base, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _not_found(base: str, what: str, error: Exception) -> str:
@@ -166,7 +182,7 @@ def check_tokenised(name: str, rows: Any, classes: int) -> Any:
         raise ValueError(f"{name} has no rows. Give at least one labelled row.")
     names = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     column = next((column for column in ("labels", "label") if column in names), None)
-    if column is None:
+    if column is None or (column == "label" and not isinstance(rows, Dataset)):
         raise ValueError(f"{name} has no column 'labels'; its columns are {names}.")
     for i, label in enumerate(rows[column] if isinstance(rows, Dataset) else [row[column] for row in rows]):
         if label != -100 and not 0 <= label < classes:
@@ -257,6 +273,10 @@ def adapt(model: nn.Module, peft_config: Any) -> Adapted:
     last = head.last_layer(model, fresh, base.config.num_labels)
     # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
     wrapped = lora.wrap(
-        base, copy.deepcopy(peft_config), fresh, getattr(base.config, "_commit_hash", None), task.peft_task_type
+        base,
+        copy.deepcopy(peft_config),
+        fresh,
+        peft_config.revision or pinned(base.config.name_or_path),
+        task.peft_task_type,
     )
     return Adapted(wrapped, task, fresh, last)

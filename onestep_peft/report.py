@@ -35,7 +35,8 @@ class StepReport:
         peak_memory_bytes: The most memory held: of the accelerator, or of the process on the CPU.
         steps: One entry a step: "direction", "step_size", "candidates" (each with the points [step size, loss] that
             the search saw), "loss_before", "loss_after" (means over held-out rows, nats), "accepted", "reason",
-            "energy_lost" (share of the update's squared norm that the adapter's rank could not hold).
+            "energy_lost" (share of the update's squared norm that the adapter's rank could not hold) and
+            "head_refitted" (whether the head was fitted again after the step, since held-out rows gained by it).
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted; None where it had none) and "after".
         files: sha256 by file name, once saved.
     """
@@ -160,6 +161,7 @@ def step_record(outcome: StepOutcome) -> dict[str, Any]:
         "accepted": outcome.accepted,
         "reason": outcome.reason,
         "energy_lost": outcome.energy_lost,
+        "head_refitted": outcome.head_refitted,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,13 +27,13 @@ from onestep_peft import head, preparation
 from onestep_peft import metrics as metric_names
 from onestep_peft.callbacks import StepCallback, StepProgress
 from onestep_peft.config import OneStepConfig
-from onestep_peft.errors import nearest
-from onestep_peft.gradient import ExactGradientTrainer, not_finite
+from onestep_peft.gradient import not_finite
 from onestep_peft.held_out import HeldOut, batched_by_length, listed, select, split_rows
 from onestep_peft.methods import lora
 from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
 from onestep_peft.saving import check_free, portable, save_adapter, save_whole
-from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
+from onestep_peft.scoring import ScoringTrainer
+from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSettings
 from onestep_peft.step.statistics import observed
 from onestep_peft.tasks import task_of
 
@@ -41,7 +41,7 @@ MAX_DIRECTION_RANK = 8
 SHOWN_ROWS = 10
 
 
-class OneStepTrainer(ExactGradientTrainer):
+class OneStepTrainer(ScoringTrainer):
     """A `transformers.Trainer` whose training is one step over all rows.
 
     The pass, the callbacks, the logs and the checkpoints are Trainer's. In place of an optimizer's many steps there
@@ -105,8 +105,8 @@ class OneStepTrainer(ExactGradientTrainer):
         sets = preparation.Sets(train_dataset, search_dataset, eval_dataset)
         prepared = preparation.prepare(template, processing_class, sets, text_column, label_column)
         self._peft_config = peft_config
-        self._tokenise = prepared.tokenise
-        self.pass_rows, self._held_rows = split_rows(prepared.sets.train, prepared.sets.search, config)
+        self.tokenise = prepared.tokenise
+        self.pass_rows, self.held_rows = split_rows(prepared.sets.train, prepared.sets.search, config)
         if compute_metrics is None:
             resolved = resolved or metric_names.resolve(task_of(prepared.model).metrics)
             compute_metrics = metric_names.compute_metrics(resolved, _config_of(prepared.model).num_labels)
@@ -158,7 +158,7 @@ class OneStepTrainer(ExactGradientTrainer):
             check_free(output_dir)
         self.report = StepReport(task=self.task.name, method=lora.name)
         self.optimizer, self._head_done = None, False
-        self._seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
+        self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
         before = [(p, p.detach().clone()) for p in self._peft_model.parameters() if p.requires_grad]
         began = time.perf_counter()
@@ -173,7 +173,7 @@ class OneStepTrainer(ExactGradientTrainer):
         finally:
             if self._progress is not None:
                 self._progress.close()
-        self._measure("after")
+        self.measure("after")
         self._fill_report(time.perf_counter() - began)
         return output
 
@@ -182,22 +182,25 @@ class OneStepTrainer(ExactGradientTrainer):
         if self._head_done:  # a retry with smaller batches
             return
         self._held_out = self._make_held_out()
-        self._check_target()
+        self.check_target()
         if self.state.global_step > 0:  # a resumed run: its head was fitted before its first step
             return
-        self._measure("base")
+        self.measure("base")
         if self._fits_head():
-            with self._clock("head"):
+            with self.clock("head"):
                 self._fit_head()
-            self._measure("head")
+            self.measure("head")
         self._head_done = True
 
     def end_step(self) -> bool:
-        """After a step: books its times; returns whether to stop here."""
+        """After a step: books its times, fits the head to the moved body; returns whether to stop here."""
         outcome = self.one_step.outcomes[-1]
         for part, seconds in outcome.seconds.items():
-            self._seconds[part] += seconds
-        return not outcome.accepted or self._reached_target()
+            self.seconds[part] += seconds
+        if outcome.accepted and self._held_out is not None and self._fits_head():
+            with self.clock("head"):
+                self._refit_head(outcome)
+        return not outcome.accepted or self.reached_target()
 
     # The step
 
@@ -215,7 +218,7 @@ class OneStepTrainer(ExactGradientTrainer):
                 settings,
                 layers=layers,
                 statistics=self._stack.enter_context(observed(layers)),
-                held_out_losses=self._held_out_losses if self._held_rows is not None else None,
+                held_out_losses=self._held_out_losses if self.held_rows is not None else None,
                 progress=self._show_point,
             )
         return self.optimizer
@@ -237,39 +240,15 @@ class OneStepTrainer(ExactGradientTrainer):
         return self._held_out.losses(self._peft_model)
 
     def _make_held_out(self) -> HeldOut | None:
-        if self._held_rows is None:
+        if self.held_rows is None:
             return None
-        order, positions = batched_by_length(listed(self._held_rows), self.args.eval_batch_size)
-        batches = self.get_test_dataloader(select(self._held_rows, order))
+        order, positions = batched_by_length(listed(self.held_rows), self.args.eval_batch_size)
+        batches = self.get_test_dataloader(select(self.held_rows, order))
         held_out = HeldOut(batches, positions, self.task)
         bad = int((~torch.isfinite(held_out.losses(self._peft_model))).sum())
         if bad:
             raise ValueError(not_finite(float("nan"), f"{bad} of the {held_out.rows} held-out rows"))
         return held_out
-
-    def _check_target(self) -> None:
-        if self._config.stop_at is None:
-            return
-        if self._held_rows is None:
-            raise ValueError("`stop_at` needs held-out rows: give a `search_dataset`, or leave `guard` on.")
-        scores = self._scores(self._held_rows)
-        if self._target_name not in scores:
-            near = nearest(self._target_name, scores)
-            raise ValueError(f"`metric_for_best_model={self._target_name!r}` is none of {sorted(scores)}.{near}")
-
-    @property
-    def _target_name(self) -> str:
-        return (self.args.metric_for_best_model or "loss").removeprefix("eval_")
-
-    def _reached_target(self) -> bool:
-        target = self._config.stop_at
-        if target is None:
-            return False
-        score = self._scores(self._held_rows)[self._target_name]
-        greater = self.args.greater_is_better
-        if greater is None:
-            greater = not self._target_name.endswith("loss")
-        return score >= target if greater else score <= target
 
     # The head
 
@@ -291,6 +270,21 @@ class OneStepTrainer(ExactGradientTrainer):
         held = head.features(self._peft_model, layer, self._held_out.batches) if self._held_out is not None else None
         head.install(layer, head.fit(x, labels, held_out=held, classes=layer.out_features, bias=layer.bias is not None))
 
+    def _refit_head(self, outcome: StepOutcome) -> None:
+        """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""
+        assert self._adapted.head is not None
+        layer = head.active(self._peft_model, self._adapted.head)
+        before = [parameter.detach().clone() for parameter in layer.parameters()]
+        self._fit_head()
+        loss = float(self._held_out_losses().mean())
+        outcome.head_refitted = loss < outcome.loss_after
+        if outcome.head_refitted:
+            outcome.loss_after = loss
+            return
+        with torch.no_grad():
+            for parameter, bits in zip(layer.parameters(), before, strict=True):
+                parameter.copy_(bits)
+
     def _watched(self, batches: DataLoader, what: str) -> Iterator[Any]:
         if self._progress is not None:
             self._progress.start(what, len(batches), "batch")
@@ -299,61 +293,22 @@ class OneStepTrainer(ExactGradientTrainer):
             if self._progress is not None:
                 self._progress.advance()
 
-    # Rows with text, for evaluate and predict too
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in Trainer; rows may hold text."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenise("eval_dataset", eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As in Trainer; rows may hold text, and come without labels."""
-        return super().get_test_dataloader(self._tokenise("test_dataset", test_dataset, labelled=False))
-
     # The report
-
-    @contextlib.contextmanager
-    def _clock(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._seconds[part] += time.perf_counter() - began
-
-    def _measure(self, stage: str) -> None:
-        """Scores the evaluation rows at this stage of the run."""
-        if self.eval_dataset is None:
-            return
-        with self._clock("evaluation"):
-            if stage == "after" and not any(outcome.accepted for outcome in self.one_step.outcomes):
-                self.report.metrics["after"] = self.report.metrics["head"] or self.report.metrics["base"]
-            elif isinstance(self.eval_dataset, Mapping):
-                scores = [(name, self._scores(rows)) for name, rows in self.eval_dataset.items()]
-                self.report.metrics[stage] = {f"{name}_{key}": v for name, one in scores for key, v in one.items()}
-            else:
-                self.report.metrics[stage] = self._scores(self.eval_dataset)
-
-    def _scores(self, rows: Any) -> dict[str, float]:
-        """Loss and metrics of some rows, without Trainer's callbacks."""
-        result = self.evaluation_loop(
-            self.get_test_dataloader(rows), description="Evaluation", metric_key_prefix="eval"
-        )
-        scores = {key.removeprefix("eval_"): value for key, value in (result.metrics or {}).items()}
-        return {key: value for key, value in scores.items() if key != "model_preparation_time"}
 
     def _fill_report(self, seconds: float) -> None:
         report, config = self.report, _config_of(self._peft_model)
-        held = len(self._held_rows) if self._held_rows is not None else 0
+        held = len(self.held_rows) if self.held_rows is not None else 0
         report.base_model = config.name_or_path
-        report.base_revision = getattr(config, "_commit_hash", None)
+        report.base_revision = self._peft_model.peft_config[str(self._peft_model.active_adapter)].revision
         report.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
         report.rows = {
             "gradient": len(self.pass_rows),
-            "search": held if self._config.fixed_step_size is None or len(self._config.directions) > 1 else 0,
+            "search": held if self._config.chooses else 0,
             "guard": held if self._config.guard else 0,
         }
-        self._seconds["pass"] = self.pass_seconds
-        self._seconds["total"] = seconds - self._seconds["evaluation"]
-        report.seconds = {part: round(value, 3) for part, value in self._seconds.items()}
+        self.seconds["pass"] = self.pass_seconds
+        self.seconds["total"] = seconds - self.seconds["evaluation"]
+        report.seconds = {part: round(value, 3) for part, value in self.seconds.items()}
         report.peak_memory_bytes = peak_memory(self.args.device)
         report.steps = [step_record(outcome) for outcome in self.one_step.outcomes]
 

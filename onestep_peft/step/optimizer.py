@@ -18,7 +18,7 @@ from onestep_peft.step.line_search import SearchResult, search_step_size
 from onestep_peft.step.statistics import LayerStatistics
 
 # The first step size tried moves the weights by this share of their norm.
-RELATIVE_START = 0.01
+RELATIVE_START = 0.03
 # Rows are dealt into so many folds for the guard: each fold judges what the others chose.
 FOLDS = 4
 
@@ -58,7 +58,21 @@ class StepOutcome:
     accepted: bool
     reason: str
     energy_lost: float = 0.0
+    head_refitted: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Clock:
+    """Wall time by part, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = now - self._last
+        self._last = now
 
 
 class Candidate(Protocol):
@@ -214,19 +228,30 @@ class OneStepOptimizer(torch.optim.Optimizer):
             )
         clock.lap("directions")
         before = [p.detach().clone() for p in self._parameters]
-        outcome, trials = self._search(candidates)
-        clock.lap("search")
-        if outcome.accepted and trials and self.settings.guard:
-            chosen = trials if self.settings.step_size is None or len(candidates) > 1 else trials[1:]
-            verdict = judge(trials[0], cross_fitted(chosen, FOLDS), confidence=self.settings.guard_confidence)
-            outcome.accepted, outcome.reason = verdict.accepted, verdict.reason
-        if not outcome.accepted:
-            for parameter, bits in zip(self._parameters, before, strict=True):
-                parameter.copy_(bits)
+        kept = False
+        try:
+            outcome = self._decide(candidates, clock)
+            kept = outcome.accepted
+        finally:  # an error or an interruption in the search leaves the model as it was
+            if not kept:
+                for parameter, bits in zip(self._parameters, before, strict=True):
+                    parameter.copy_(bits)
         clock.lap("guard")
         outcome.seconds = clock.seconds
         self.outcomes.append(outcome)
         return loss
+
+    def _decide(self, candidates: Sequence[Candidate], clock: _Clock) -> StepOutcome:
+        """Searches and judges; leaves the model at the best point, accepted or not."""
+        outcome, trials = self._search(candidates)
+        clock.lap("search")
+        if outcome.accepted and trials and self.settings.guard:
+            # A lone point was not chosen: it is judged as it is.
+            free = self.settings.step_size is None or len(candidates) > 1
+            after = cross_fitted(trials, FOLDS) if free else trials[1]
+            verdict = judge(trials[0], after, confidence=self.settings.guard_confidence)
+            outcome.accepted, outcome.reason = verdict.accepted, verdict.reason
+        return outcome
 
     def _search(self, candidates: Sequence[Candidate]) -> tuple[StepOutcome, list[Tensor]]:
         """Leaves the model at the best point of the best candidate; also every trial's losses, the first at zero."""
@@ -239,6 +264,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         trials = [self._losses()]
         before = float(trials[0].mean())
         searched: list[tuple[Candidate, SearchResult]] = []
+        scale = 1.0  # the next candidate starts at the relative length that was best for the last one
         for candidate in candidates:
 
             def loss(step_size: float, candidate: Candidate = candidate) -> float:
@@ -251,7 +277,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
                 return value
 
             if fixed is None:
-                result = search_step_size(loss, candidate.start, loss_at_zero=before)
+                result = search_step_size(loss, candidate.start * scale, loss_at_zero=before)
+                scale = result.best[0] / candidate.start or scale
             else:
                 result = SearchResult([(0.0, before), (fixed, loss(fixed))])
             candidate.apply(0.0)
@@ -269,16 +296,3 @@ class OneStepOptimizer(torch.optim.Optimizer):
             return StepOutcome(best.name, 0.0, points, before, before, False, reason)
         lost = best.apply(step_size)
         return StepOutcome(best.name, step_size, points, before, after, True, "accepted: not guarded", lost)
-
-
-class _Clock:
-    """Wall time by part, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part] = now - self._last
-        self._last = now
