@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -15,7 +16,7 @@ from onestep_peft.step.directions import DIRECTIONS
 #: Directions that a user can name.
 KNOWN_DIRECTIONS = ("auto", "sgd", *DIRECTIONS)
 #: What "auto" tries: all come from one pass, and held-out rows choose.
-AUTO = ("kfac", "kfac_muon")
+AUTO = ("kfac_schatten", "kfac_muon", "kfac")
 
 # Stock fields that a single step has no use for, and why.
 IGNORED: dict[str, str] = {
@@ -42,11 +43,11 @@ class OneStepConfig(TrainingArguments):
 
     Args:
         direction: "auto" (several candidates from one pass, held-out rows choose), one of "sgd", "kfac",
-            "kfac_muon", or a list of them to choose from.
+            "kfac_muon", "kfac_schatten", or a list of them to choose from.
         step_size: η of the update, or "search" to find it on held-out rows.
         max_steps: Number of steps, each with a pass, a search and a guard of its own.
         stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.
-        damping: λ of `kfac` and `kfac_muon`, in units of each covariance's mean eigenvalue.
+        damping: λ of the `kfac` family, in units of each covariance's mean eigenvalue.
         rank: Rank of the direction; None for the smaller of 8 and the adapter's r.
         fit_head: Whether to fit a freshly initialised head first. "auto": whenever there is one, except for the
             plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
@@ -57,13 +58,15 @@ class OneStepConfig(TrainingArguments):
         guard_confidence: Below this share of resampled row sets that show a gain, the report calls it weak.
     """
 
-    direction: str | list[str] = field(default="auto", metadata={"help": "auto, sgd, kfac, kfac_muon, or several."})
+    direction: str | list[str] = field(
+        default="auto", metadata={"help": "auto, sgd, kfac, kfac_muon, kfac_schatten, or several."}
+    )
     step_size: str | float = field(default="search", metadata={"help": '"search", or a number.'})
     max_steps: int = field(default=1, metadata={"help": "Number of steps, each over all rows."})
     stop_at: float | None = field(
         default=None, metadata={"help": "Stop once metric_for_best_model reaches this on held-out rows."}
     )
-    damping: float = field(default=0.1, metadata={"help": "Damping of kfac and kfac_muon, in mean eigenvalues."})
+    damping: float = field(default=0.1, metadata={"help": "Damping of the kfac family, in mean eigenvalues."})
     rank: int | None = field(default=None, metadata={"help": "Rank of the direction (default: min(8, adapter's r))."})
     fit_head: str | bool = field(default="auto", metadata={"help": "Fit a fresh head first: auto, true or false."})
     search_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows held out."})
@@ -88,9 +91,9 @@ class OneStepConfig(TrainingArguments):
         _check_range("damping", self.damping, 0, None, "0.1")
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
         _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
-        _check_range("search_rows_max", self.search_rows_max, 1, None, "512")
+        _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)
         if self.rank is not None:
-            _check_range("rank", self.rank, 1, None, "8")
+            _check_range("rank", self.rank, 1, None, "8", whole=True)
         self._check_stock_fields()
         super().__post_init__()
         if self.device.type == "cpu":  # pinning memory without an accelerator only warns
@@ -146,7 +149,7 @@ class OneStepConfig(TrainingArguments):
         if self.step_size != "search":
             try:
                 self.step_size = float(self.step_size)
-            except ValueError:
+            except (TypeError, ValueError):
                 raise ValueError(f'`step_size={self.step_size!r}` is neither "search" nor a number.') from None
             if not 0 < self.step_size < math.inf:
                 raise ValueError(f'`step_size={self.step_size!r}` must be above 0 and finite; the default is "search".')
@@ -154,8 +157,7 @@ class OneStepConfig(TrainingArguments):
         if text not in ("auto", "true", "false"):
             raise ValueError(f'`fit_head={self.fit_head!r}`: give "auto", True or False.')
         self.fit_head = text if text == "auto" else text == "true"
-        if self.max_steps < 1:
-            raise ValueError(f"`max_steps={self.max_steps}`: the number of steps is at least 1.")
+        _check_range("max_steps", self.max_steps, 1, None, "1", whole=True)
 
     def _check_stock_fields(self) -> None:
         for name, why in REFUSED.items():
@@ -185,7 +187,9 @@ class OneStepConfig(TrainingArguments):
         return cls(**kept)
 
 
-def _check_range(name: str, value: float, low: float, high: float | None, usual: str) -> None:
-    if not isinstance(value, int | float) or value != value or value < low or (high is not None and value > high):
+def _check_range(name: str, value: Any, low: float, high: float | None, usual: str, *, whole: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ValueError(f"`{name}={value!r}` must be a {'whole ' * whole}number; the default is {usual}.")
+    if not math.isfinite(value) or value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"`{name}={value!r}` must be {bound}; the default is {usual}.")

@@ -165,11 +165,12 @@ def tokenise(
         ValueError: A row without text, or a label that is no class of the model.
     """
     labels = {} if columns.label is None else {"labels": _numbers(rows, columns.label, label2id, classes, what)}
-    empty = [i for i, text in enumerate(rows[columns.text[0]]) if not isinstance(text, str)]
-    if empty:
-        raise ValueError(
-            f"{what}: {len(empty)} rows have no text in {columns.text[0]!r}, first row {empty[0]}. Drop or fill them."
-        )
+    for name in columns.text:
+        empty = [i for i, text in enumerate(rows[name]) if not isinstance(text, str)]
+        if empty:
+            raise ValueError(
+                f"{what}: {len(empty)} rows have no text in {name!r}, first row {empty[0]}. Fill or drop them."
+            )
     texts = [list(rows[name]) for name in columns.text]
     tokens = tokenizer(*texts, truncation=True, max_length=max_length)
     return Dataset.from_dict({**{name: tokens[name] for name in tokens}, **labels})

@@ -96,7 +96,7 @@ class ExactGradientTrainer(Trainer):
             loss = logits_of(outputs).sum() * 0.0
         elif not torch.isfinite(loss):
             bad = ~torch.isfinite(self.task.row_losses(logits_of(outputs), labels))
-            raise ValueError(not_finite(float(loss), self.name_rows(bad.nonzero().flatten().tolist())))
+            raise ValueError(not_finite(float(loss.detach()), self.name_rows(bad.nonzero().flatten().tolist())))
         self.one_step.count(float(items))
         self._cursor += len(labels)
         total = loss * items
@@ -106,9 +106,7 @@ class ExactGradientTrainer(Trainer):
         """Rows of the current micro-batch as the user counts them."""
         if self.accelerator.num_processes > 1 or self.args.train_sampling_strategy != "sequential":
             return f"{len(positions)} rows"
-        rows = sorted(self.pass_rows[self._cursor + position] for position in positions)
-        more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-        return f"rows {', '.join(map(str, rows[:SHOWN_ROWS]))}{more} of train_dataset"
+        return named_rows([self.pass_rows[self._cursor + position] for position in positions], "train_dataset")
 
 
 class _Batches:
@@ -130,6 +128,12 @@ def without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+def named_rows(numbers: Sequence[int], name: str) -> str:
+    """`rows 3, 17 and 5 more of train_dataset`."""
+    more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
+    return f"rows {', '.join(map(str, sorted(numbers)[:SHOWN_ROWS]))}{more} of {name}"
 
 
 def not_finite(loss: float, rows: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,12 @@ def fresh_modules(model: nn.Module) -> list[str]:
     total = sum(1 for _ in model.parameters())
     backbone = getattr(model, "base_model_prefix", "")
     if len(fresh) == total:
+        if getattr(getattr(model, "config", None), "name_or_path", ""):
+            warnings.warn(
+                "The model is a copy, or was built from a loaded configuration: whether its head has been trained "
+                "cannot be told, so it counts as fresh. `fit_head=False` keeps it.",
+                stacklevel=2,
+            )
         return [
             name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
         ]

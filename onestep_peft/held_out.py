@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,33 +86,57 @@ def batched_by_length(rows: Sequence[Mapping[str, Any]], batch_size: int) -> tup
     return [content[i] for i in places], batches
 
 
-def split_rows(train: Any, search: Any, config: OneStepConfig) -> tuple[list[int], Any]:
-    """Numbers of the training rows that give the gradient, in the order of the pass, and the held-out rows.
+@dataclass(frozen=True)
+class Split:
+    """Which rows do what.
 
-    Rows without a label are left out of both: they have no loss.
+    Args:
+        pass_rows: Numbers of the training rows that give the gradient, in the order of the pass.
+        held_rows: The held-out rows, or None where nothing has to be chosen or judged.
+        held_numbers: Their numbers in the set that they come from.
+        held_name: That set's name.
+    """
+
+    pass_rows: list[int]
+    held_rows: Any
+    held_numbers: list[int]
+    held_name: str
+
+
+def split_rows(train: Any, search: Any, config: OneStepConfig) -> Split:
+    """Deals the training rows out, where no `search_dataset` is given and something has to be chosen or judged.
+
+    Rows without a label are left out everywhere: they have no loss.
 
     Raises:
         ValueError: Rows must be held out, and too few are left.
     """
     rows = listed(train)
-    kept, held_out = _labelled(rows), search
+    kept = _labelled(rows)
     if not kept:
         raise ValueError("No row of train_dataset has a label. Check the label column.")
-    if held_out is not None:
-        held_out = select(held_out, _labelled(listed(held_out)))
-    elif config.needs_held_out_rows:
-        stay, held = carve([rows[i] for i in kept], config.search_fraction, config.search_rows_max)
-        if len(held) < 2 or not stay:
-            raise ValueError(
-                f"{len(kept)} training rows with `search_fraction={config.search_fraction}` leave {len(held)} rows "
-                "to choose the step and guard it; it takes at least 2. Give a `search_dataset`, raise "
-                "`search_fraction`, or fix `step_size` and set `guard=False`."
-            )
-        held_out, kept = select(train, [kept[i] for i in held]), [kept[i] for i in stay]
-    # The order does not change a sum, and rows of similar length need little padding. The longest come first: if
-    # memory does not suffice, it shows at once.
-    kept.sort(key=lambda i: -len(rows[i].get("input_ids", ())))
-    return kept, held_out
+    if search is not None:
+        numbers = _labelled(listed(search))
+        return Split(_longest_first(kept, rows), select(search, numbers), numbers, "search_dataset")
+    if not config.needs_held_out_rows:
+        return Split(_longest_first(kept, rows), None, [], "")
+    stay, held = carve([rows[i] for i in kept], config.search_fraction, config.search_rows_max)
+    if len(held) < 2 or not stay:
+        raise ValueError(
+            f"{len(kept)} training rows with `search_fraction={config.search_fraction}` leave {len(held)} rows to "
+            "choose the step and guard it; it takes at least 2. Give a `search_dataset`, raise `search_fraction`, or "
+            "fix `step_size` and set `guard=False`."
+        )
+    numbers = [kept[i] for i in held]
+    return Split(_longest_first([kept[i] for i in stay], rows), select(train, numbers), numbers, "train_dataset")
+
+
+def _longest_first(numbers: list[int], rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The order does not change a sum, and rows of similar length need little padding.
+
+    The longest come first: if memory does not suffice, it shows at once.
+    """
+    return sorted(numbers, key=lambda i: -len(rows[i].get("input_ids", ())))
 
 
 def _labelled(rows: Sequence[Mapping[str, Any]]) -> list[int]:

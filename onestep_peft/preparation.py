@@ -76,8 +76,16 @@ def _not_found(base: str, what: str, error: Exception) -> str:
     )
 
 
-def as_rows(rows: Any) -> Any:
-    """Lists of dicts become a `datasets.Dataset`; everything else stays."""
+def as_rows(name: str, rows: Any) -> Any:
+    """Lists of dicts become a `datasets.Dataset`; other sets stay.
+
+    Raises:
+        ValueError: A dict of splits, where one set is wanted.
+    """
+    if isinstance(rows, Mapping):
+        raise ValueError(
+            f"{name} is a dict of sets with the keys {list(rows)}. Pass one of them, such as rows['train']."
+        )
     return Dataset.from_list(list(rows)) if isinstance(rows, list | tuple) else rows
 
 
@@ -154,7 +162,7 @@ class Tokeniser:
 
     def __call__(self, name: str, rows: Any, *, labelled: bool = True) -> Any:
         """The set `name` as the model takes it; rows to predict may come without labels."""
-        rows = as_rows(rows)
+        rows = as_rows(name, rows)
         if not is_raw(rows):
             return check_tokenised(name, rows, self.config.num_labels) if labelled else rows
         if self.tokenizer is None or self.columns is None:
@@ -211,7 +219,7 @@ def prepare(
     Raises:
         ValueError: Rows, columns, labels or a base that cannot be used; before any expensive work.
     """
-    sets = sets.map(lambda _, rows: as_rows(rows))
+    sets = sets.map(as_rows)
     raw = [(name, rows) for name, rows in sets.items() if is_raw(rows)]
     for name, rows in raw:
         if len(rows) == 0:
@@ -271,12 +279,7 @@ def adapt(model: nn.Module, peft_config: Any) -> Adapted:
         peft_config = LoraConfig(r=8, lora_alpha=8)
     fresh = head.fresh_modules(model)
     last = head.last_layer(model, fresh, base.config.num_labels)
+    revision = peft_config.revision or pinned(base.config.name_or_path)
     # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
-    wrapped = lora.wrap(
-        base,
-        copy.deepcopy(peft_config),
-        fresh,
-        peft_config.revision or pinned(base.config.name_or_path),
-        task.peft_task_type,
-    )
+    wrapped = lora.wrap(base, copy.deepcopy(peft_config), fresh, revision, task.peft_task_type)
     return Adapted(wrapped, task, fresh, last)

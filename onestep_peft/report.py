@@ -37,6 +37,8 @@ class StepReport:
             the search saw), "loss_before", "loss_after" (means over held-out rows, nats), "accepted", "reason",
             "energy_lost" (share of the update's squared norm that the adapter's rank could not hold) and
             "head_refitted" (whether the head was fitted again after the step, since held-out rows gained by it).
+        datasets: Ids on the Hub by what their rows did: "train", "search", "evaluation". Rows do not say where they
+            come from: the command fills this in; in Python, set it before `save_model`.
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted; None where it had none) and "after".
         files: sha256 by file name, once saved.
     """
@@ -50,6 +52,7 @@ class StepReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     steps: list[dict[str, Any]] = field(default_factory=list)
+    datasets: dict[str, list[str]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float] | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
     files: dict[str, str] = field(default_factory=dict)
 
@@ -115,28 +118,32 @@ class StepReport:
 
 
 def _draw(axis: Any, step: dict[str, Any]) -> None:
+    before, lowest = step["loss_before"], step["loss_before"]
     for candidate in step["candidates"]:
-        points = sorted(
-            (s, loss) for s, loss in candidate["points"] if s > 0 and loss is not None and math.isfinite(loss)
-        )
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=candidate["direction"])
-    before = step["loss_before"]
+        points = [(s, loss) for s, loss in candidate["points"] if s > 0 and loss is not None and math.isfinite(loss)]
+        if points:
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=candidate["direction"])
+            axis.set_xscale("log")
+            lowest = min(lowest, *(loss for _, loss in points))
     axis.axhline(before, color="grey", linestyle="--", linewidth=1, label="before the step")
     if step["step_size"] > 0:
-        axis.plot(
-            [step["step_size"]],
-            [step["loss_after"]],
-            "k*",
-            markersize=13,
-            label="chosen" if step["accepted"] else "best, refused",
-        )
-    lowest = min(loss for candidate in step["candidates"] for _, loss in candidate["points"] if loss is not None)
+        label = "chosen" if step["accepted"] else "best, refused"
+        axis.plot([step["step_size"]], [_loss_at(step)], "k*", markersize=13, label=label)
+    # A step that is far too large would flatten all that matters.
     axis.set_ylim(lowest - 0.1 * (before - lowest) - 1e-3, before + 0.6 * max(before - lowest, 0.05))
-    axis.set_xscale("log")
     axis.set_xlabel("step size")
     axis.set_ylabel("mean loss of the held-out rows (nats)")
     axis.set_title(f"{step['direction']}: {'accepted' if step['accepted'] else 'refused'}")
     axis.legend()
+
+
+def _loss_at(step: dict[str, Any]) -> float:
+    """The loss that the search saw at the step size: a refit of the head comes after it."""
+    for candidate in step["candidates"]:
+        for step_size, loss in candidate["points"]:
+            if candidate["direction"] == step["direction"] and step_size == step["step_size"]:
+                return loss
+    return step["loss_after"]
 
 
 def _finite(value: Any) -> Any:

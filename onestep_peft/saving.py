@@ -22,10 +22,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_free(folder: Path) -> None:
-    """Raises a ValueError where the folder holds a run already, or is a file."""
+def check_folder(folder: Path) -> None:
+    """Raises a ValueError where the folder is a file."""
     if folder.is_file():
         raise ValueError(f"The output folder {str(folder)!r} is a file. Choose another `output_dir`.")
+
+
+def check_free(folder: Path) -> None:
+    """Raises a ValueError where the folder holds a run already, or is a file."""
+    check_folder(folder)
     for taken in (FILE, "adapter_config.json"):
         if (folder / taken).exists():
             raise ValueError(

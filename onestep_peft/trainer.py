@@ -27,11 +27,11 @@ from onestep_peft import head, preparation
 from onestep_peft import metrics as metric_names
 from onestep_peft.callbacks import StepCallback, StepProgress
 from onestep_peft.config import OneStepConfig
-from onestep_peft.gradient import not_finite
-from onestep_peft.held_out import HeldOut, batched_by_length, listed, select, split_rows
+from onestep_peft.gradient import named_rows, not_finite
+from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, select, split_rows
 from onestep_peft.methods import lora
 from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
-from onestep_peft.saving import check_free, portable, save_adapter, save_whole
+from onestep_peft.saving import check_folder, check_free, portable, save_adapter, save_whole
 from onestep_peft.scoring import ScoringTrainer
 from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSettings
 from onestep_peft.step.statistics import observed
@@ -90,6 +90,7 @@ class OneStepTrainer(ScoringTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         config = OneStepConfig.upcast(args)
+        check_folder(Path(config.output_dir or "."))
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing: one step is worked out from the training rows.")
         if metrics is not None and compute_metrics is not None:
@@ -106,7 +107,8 @@ class OneStepTrainer(ScoringTrainer):
         prepared = preparation.prepare(template, processing_class, sets, text_column, label_column)
         self._peft_config = peft_config
         self.tokenise = prepared.tokenise
-        self.pass_rows, self.held_rows = split_rows(prepared.sets.train, prepared.sets.search, config)
+        self._split = split_rows(prepared.sets.train, prepared.sets.search, config)
+        self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         if compute_metrics is None:
             resolved = resolved or metric_names.resolve(task_of(prepared.model).metrics)
             compute_metrics = metric_names.compute_metrics(resolved, _config_of(prepared.model).num_labels)
@@ -165,6 +167,7 @@ class OneStepTrainer(ScoringTrainer):
         try:
             with contextlib.ExitStack() as self._stack:
                 output = super().train(*args, **kwargs)
+            self.measure("after")
         except BaseException:
             with torch.no_grad():
                 for parameter, bits in before:
@@ -173,7 +176,6 @@ class OneStepTrainer(ScoringTrainer):
         finally:
             if self._progress is not None:
                 self._progress.close()
-        self.measure("after")
         self._fill_report(time.perf_counter() - began)
         return output
 
@@ -245,9 +247,11 @@ class OneStepTrainer(ScoringTrainer):
         order, positions = batched_by_length(listed(self.held_rows), self.args.eval_batch_size)
         batches = self.get_test_dataloader(select(self.held_rows, order))
         held_out = HeldOut(batches, positions, self.task)
-        bad = int((~torch.isfinite(held_out.losses(self._peft_model))).sum())
+        bad = (~torch.isfinite(held_out.losses(self._peft_model))).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(not_finite(float("nan"), f"{bad} of the {held_out.rows} held-out rows"))
+            content = by_content(listed(self.held_rows))
+            numbers = [self._split.held_numbers[content[i]] for i in bad]
+            raise ValueError(not_finite(float("nan"), named_rows(numbers, self._split.held_name)))
         return held_out
 
     # The head

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from onestep_peft.preparation import load_base
+from onestep_peft.preparation import load_base, load_tokenizer
 from onestep_peft.report import StepReport
 from onestep_peft.saving import read_whole
 
@@ -39,12 +39,11 @@ def load(
         model = load_base(base, report.labels, report.base_revision if base_model is None else None)
     finally:
         logging.set_verbosity(verbosity)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Rows that came as tokens leave no tokenizer behind.
+    tokenizer = load_tokenizer(str(folder if (folder / "tokenizer_config.json").is_file() else base))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    # A configuration without the base's path: PEFT then looks for nothing on the Hub.
-    adapted = PeftModel.from_pretrained(model, str(folder), config=PeftConfig.from_pretrained(str(folder)))
-    return adapted.eval(), tokenizer
+    return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
 
 
 def _fetch(folder_or_repo: str | os.PathLike[str], revision: str | None) -> Path:

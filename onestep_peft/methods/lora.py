@@ -106,22 +106,29 @@ def wrap(
     """
     validate(config)
     linears = linear_names(model, head)
-    if config.target_modules in (None, "all-linear"):
+    if config.target_modules in (None, "all-linear", {"all-linear"}):
         config.target_modules = linears
     if config.task_type is None:
         config.task_type = task_type
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *head} - SAVED_BY_PEFT) or None
     targets = config.target_modules
     try:
-        return get_peft_model(model, config, revision=revision)
+        wrapped = get_peft_model(model, config, revision=revision)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
-        near = nearest(targets if isinstance(targets, str) else sorted(targets)[0], {n.split(".")[-1] for n in linears})
+        wanted = targets if isinstance(targets, str) else sorted(targets)[0]
+        near = nearest(wanted, {name.split(".")[-1] for name in linears})
         raise ValueError(
             f"`target_modules={targets!r}` match no layer of {type(model).__name__}.{near} Leave `target_modules` out "
             "for every linear layer but the head."
         ) from error
+    try:
+        layers(wrapped)
+    except ValueError:
+        wrapped.unload()  # the model as it came
+        raise
+    return wrapped
 
 
 def layers(model: PeftModel) -> list[Layer]:

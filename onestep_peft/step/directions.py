@@ -15,8 +15,11 @@ from torch import Tensor
 from onestep_peft.step.layers import LowRank
 from onestep_peft.step.statistics import LayerStatistics
 
-# Below this share of the largest singular value a singular pair is not unique, and a polar factor would blow it up.
-SINGULAR_CUTOFF = 1e-5
+# Below this share of the largest singular value a singular pair is mostly rounding: a polar factor would lift it to
+# the rank of a signal.
+SINGULAR_CUTOFF = 1e-3
+# What float64 resolves of singular values through a Gram matrix.
+RESOLUTION = 1e-8
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class WhitenedGradient:
         output_root: L_S, `(d_out, d_out)`, lower triangular.
         input_root: L_A, `(d_in, d_in)`, lower triangular.
         u: `(d_out, k)`.
-        sigma: `(k,)`, falling, cut where it is not unique.
+        sigma: `(k,)`, falling.
         vt: `(k, d_in)`.
     """
 
@@ -68,17 +71,17 @@ def damped_root(covariance: Tensor, damping: float) -> Tensor:
 
 
 def _leading_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U `(m, k)`, σ `(k,)`, Vᵀ `(k, n)` of a float64 matrix, cut at `SINGULAR_CUTOFF`.
+    """U `(m, k)`, σ `(k,)`, Vᵀ `(k, n)` of a float64 matrix, cut at `RESOLUTION`.
 
-    Through the smaller Gram matrix: in float64 it resolves singular values down to 1e-8 of the largest, several
-    times faster than an SVD of the matrix itself.
+    Through the smaller Gram matrix, several times faster than an SVD of the matrix itself. ΣVᵀ = UᵀM is exact
+    however small σ is.
     """
     if matrix.shape[0] > matrix.shape[1]:
         v, sigma, ut = _leading_svd(matrix.T)
         return ut.T, sigma, v.T
     eigenvalues, vectors = torch.linalg.eigh(matrix @ matrix.T)
     sigma = eigenvalues.flip(0).clamp_min(0).sqrt()
-    keep = sigma > SINGULAR_CUTOFF * sigma[0]
+    keep = sigma > RESOLUTION * sigma[0]
     u = vectors.flip(1)[:, keep]
     sigma = sigma[keep]
     return u, sigma, (u.T @ matrix) / sigma[:, None]
@@ -102,6 +105,15 @@ def kfac(white: WhitenedGradient, rank: int | None) -> LowRank:
     return white.back(white.sigma, rank)
 
 
+def kfac_schatten(white: WhitenedGradient, rank: int | None) -> LowRank:
+    """Between `kfac` and `kfac_muon`: S^-½ U Σ^½ Vᵀ A^-½, scaled to a root mean square of 1.
+
+    The steepest descent under the Schatten-3 norm in K-FAC's coordinates: there ⟨G, D⟩ is largest for singular values
+    σ^½, as it is for σ under the Frobenius norm (`kfac`) and for 1 under the spectral norm (`kfac_muon`).
+    """
+    return _unit_rms(white.back(white.sigma.sqrt() * _signal(white.sigma), rank))
+
+
 def kfac_muon(white: WhitenedGradient, rank: int | None) -> LowRank:
     """The polar factor of the whitened gradient, taken back: S^-½ U Vᵀ A^-½, scaled to a root mean square of 1.
 
@@ -109,10 +121,22 @@ def kfac_muon(white: WhitenedGradient, rank: int | None) -> LowRank:
     order. The root mean square makes the layers weigh alike. Sources: Martens & Grosse, ICML 2015; Jordan et al.,
     "Muon: An optimizer for hidden layers in neural networks", 2024.
     """
-    direction = white.back(torch.ones_like(white.sigma), rank)
+    return _unit_rms(white.back(_signal(white.sigma), rank))
+
+
+def _signal(sigma: Tensor) -> Tensor:
+    """1 for singular values above the cutoff, 0 below."""
+    return (sigma > SINGULAR_CUTOFF * sigma[0]).to(sigma.dtype)
+
+
+def _unit_rms(direction: LowRank) -> LowRank:
     entries = direction.left.shape[0] * direction.right.shape[1]
     return direction.scaled(math.sqrt(entries) / direction.norm())
 
 
 #: Rules that need the covariances of a layer, by name. `sgd` needs none: it moves the parameters themselves.
-DIRECTIONS: dict[str, Callable[[WhitenedGradient, int | None], LowRank]] = {"kfac": kfac, "kfac_muon": kfac_muon}
+DIRECTIONS: dict[str, Callable[[WhitenedGradient, int | None], LowRank]] = {
+    "kfac": kfac,
+    "kfac_muon": kfac_muon,
+    "kfac_schatten": kfac_schatten,
+}

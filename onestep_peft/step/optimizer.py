@@ -203,7 +203,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         """Turns sums into means over all items of the pass; returns the number of items.
 
         Raises:
-            ValueError: The pass met no labelled item.
+            ValueError: The pass met no labelled item, or a gradient is not finite.
         """
         items = self._items
         if items == 0:
@@ -211,8 +211,10 @@ class OneStepOptimizer(torch.optim.Optimizer):
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad /= items
-        for record in self.statistics.values():
+        for name, record in self.statistics.items():
             record.finish(items)
+            if not torch.isfinite(record.gradient).all():
+                raise ValueError(f"The gradient of {name} is not finite, though the loss is. Try `bf16=False`.")
         return items
 
     @torch.no_grad()

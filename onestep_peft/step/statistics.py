@@ -13,6 +13,8 @@ from onestep_peft.step.layers import Layer
 
 # Below this share of the bound that Cauchy and Schwarz set, a gradient is rounding noise and has no direction.
 NOISE_FLOOR = 1e-6
+# Below this share of the largest δ in its row, a token's δ is rounding noise.
+DEAD_SHARE = 1e-6
 
 
 class LayerStatistics:
@@ -45,9 +47,9 @@ class LayerStatistics:
     @torch.no_grad()
     def add(self, x: Tensor, delta: Tensor) -> None:
         """Adds one call of the layer: x `(..., d_in)` and δ `(..., d_out)`."""
+        live = _live(delta)
         x = x.detach().reshape(-1, x.shape[-1]).float()  # (tokens, d_in)
         delta = delta.reshape(-1, delta.shape[-1]).float()  # (tokens, d_out)
-        live = delta.abs().amax(1) > 0
         if x.device.type == "cpu":
             x, delta = x[live], delta[live]
         else:  # indexing would wait for the device
@@ -68,6 +70,17 @@ class LayerStatistics:
         """Whether the gradient is so far below what x and δ allow that only rounding is left in it."""
         bound = (self.input_covariance.trace() * self._tokens_per_item * self.output_grad_covariance.trace()).sqrt()
         return not bool(self.gradient.norm() > NOISE_FLOOR * bound)
+
+
+def _live(delta: Tensor) -> Tensor:
+    """Which tokens have a δ, `(tokens,)`.
+
+    Where δ is zero in theory (the query of a token that sees only itself) rounding may leave something, in one batch
+    and not in another: below 1e-6 of the largest in its row it counts as zero.
+    """
+    size = delta.abs().amax(-1).float()  # (rows, ..., tokens)
+    floor = DEAD_SHARE * size.amax(-1, keepdim=True) if size.dim() > 1 else torch.zeros_like(size)
+    return (size > floor).reshape(-1)
 
 
 class _Tap(torch.autograd.Function):

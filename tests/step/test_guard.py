@@ -1,0 +1,113 @@
+"""The guard on evidence that is plain, absent, broken or weak."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from onestep_peft.step.guard import cross_fitted, judge
+
+
+def losses(rows: int, seed: int) -> Tensor:
+    return torch.rand(rows, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_cross_fit(trials: list[list[float]], folds: int) -> list[float]:
+    """Row by row: the mean over all rows of other folds chooses, the row's own loss is read off."""
+    rows = len(trials[0])
+    result = []
+    for row in range(rows):
+        others = [i for i in range(rows) if i % folds != row % folds]
+        means = [sum(trial[i] for i in others) / len(others) for trial in trials]
+        finite = [mean if math.isfinite(mean) else math.inf for mean in means]
+        result.append(trials[finite.index(min(finite))][row])
+    return result
+
+
+@pytest.mark.parametrize(("rows", "folds"), [(12, 4), (13, 4), (5, 4), (3, 4), (2, 4), (40, 2)])
+def test_cross_fitted_matches_a_naive_loop(rows: int, folds: int) -> None:
+    trials = [losses(rows, seed) for seed in range(6)]
+    found = cross_fitted(trials, folds)
+    expected = naive_cross_fit([trial.double().tolist() for trial in trials], min(folds, rows))
+    assert found.tolist() == pytest.approx(expected)
+    # More than one trial was chosen by some fold, else this would test little.
+    if rows == 12:
+        assert not any(torch.equal(found, trial.double()) for trial in trials)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_cross_fitted_chooses_no_trial_that_is_not_finite(bad: float) -> None:
+    good, broken = losses(12, 0), losses(12, 1) - 1
+    broken[[0, 5]] = bad  # in two folds, so that every fold's others hold one of them
+    assert torch.equal(cross_fitted([good, broken], 4), good.double())
+
+
+def test_cross_fitting_takes_away_the_optimism_of_choosing() -> None:
+    # 200 trials of pure noise: the best of them looks better than the mean by far, but not on rows it did not see.
+    trials = [losses(40, seed) for seed in range(200)]
+    best = min(float(trial.mean()) for trial in trials)
+    everywhere = float(torch.stack(trials).mean())
+    assert best < everywhere - 0.08
+    assert float(cross_fitted(trials, 4).mean()) == pytest.approx(everywhere, abs=0.06)
+
+
+def test_one_row_has_no_others_to_choose_for_it() -> None:
+    assert cross_fitted([torch.tensor([2.0]), torch.tensor([1.0])], 4).tolist() == [1.0]
+
+
+def test_a_plain_gain_is_accepted_and_a_plain_loss_refused() -> None:
+    before = losses(50, 0)
+    good, bad = judge(before, before - 0.1), judge(before, before + 0.1)
+    assert good.accepted and good.probability == 1.0 and good.gain == pytest.approx(0.1, rel=1e-5)
+    assert "weak" not in good.reason
+    assert not bad.accepted and bad.probability == 0.0 and bad.gain == pytest.approx(-0.1, rel=1e-5)
+    assert bad.reason.startswith("refused")
+
+
+def test_no_change_is_refused() -> None:
+    before = losses(50, 0)
+    assert not judge(before, before.clone()).accepted
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_is_refused(value: float) -> None:
+    before = losses(50, 0)
+    after = before - 0.1
+    after[7] = value
+    verdict = judge(before, after)
+    assert not verdict.accepted
+    assert "1 of 50" in verdict.reason and "not finite" in verdict.reason
+
+
+def test_weak_evidence_is_accepted_and_called_weak() -> None:
+    # Two rows of three gain, one loses almost as much: resamples disagree.
+    before = torch.ones(9)
+    after = torch.tensor([0.5, 0.5, 1.9] * 3)
+    verdict = judge(before, after)
+    assert verdict.accepted and verdict.gain > 0
+    assert verdict.probability < 0.95
+    assert "weak" in verdict.reason
+    assert "weak" not in judge(before, after, confidence=0.5).reason
+
+
+def test_probability_matches_a_bootstrap_by_numpy() -> None:
+    before, after = losses(30, 1), losses(30, 2)
+    gains = (before - after).double().numpy()
+    draw = np.random.default_rng(0)
+    expected = np.mean(gains[draw.integers(30, size=(20_000, 30))].mean(1) > 0)
+    assert judge(before, after).probability == pytest.approx(expected, abs=0.03)
+
+
+def test_the_pairing_of_rows_counts() -> None:
+    # Every row gains a little, and the rows differ a lot: unpaired this would drown.
+    before = torch.linspace(0, 10, 40)
+    assert judge(before, before - 0.01).probability == 1.0
+
+
+def test_the_same_rows_get_the_same_verdict() -> None:
+    before, after = losses(30, 1), losses(30, 2)
+    assert judge(before, after) == judge(before, after)

@@ -1,0 +1,95 @@
+"""The search for a step size on functions whose minimum is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from onestep_peft.step.line_search import FACTOR, SearchResult, search_step_size
+
+STARTS = (1e-3, 0.02, 0.3, 0.9, 1.1, 3.0, 20.0, 300.0)
+
+
+def counted(loss: Callable[[float], float]) -> tuple[Callable[[float], float], list[float]]:
+    asked: list[float] = []
+
+    def call(step_size: float) -> float:
+        asked.append(step_size)
+        return loss(step_size)
+
+    return call, asked
+
+
+def bowl(step_size: float) -> float:
+    """Its minimum is 1, at 1; it is 2 at zero."""
+    return 1 + (step_size - 1) ** 2
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_finds_the_minimum_from_starts_far_off(start: float) -> None:
+    loss, asked = counted(bowl)
+    result = search_step_size(loss, start, loss_at_zero=bowl(0.0), budget=30)
+    step_size, found = result.best
+    assert step_size == pytest.approx(1.0, rel=0.15)
+    # The loss it could have had is 1, at zero it was 2: 98 % of the way.
+    assert found < 1.02
+    assert len(asked) <= 30
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("budget", [1, 2, 3, 12])
+def test_keeps_to_its_budget_and_is_never_worse_than_zero(start: float, budget: int) -> None:
+    loss, asked = counted(bowl)
+    result = search_step_size(loss, start, loss_at_zero=bowl(0.0), budget=budget)
+    assert 1 <= len(asked) <= budget
+    assert asked[0] == start
+    assert [point[0] for point in result.points] == [0.0, *asked]
+    assert result.best[1] <= bowl(0.0)
+
+
+def test_the_default_budget_reaches_a_minimum_two_decades_away() -> None:
+    result = search_step_size(bowl, 0.01, loss_at_zero=bowl(0.0))
+    assert result.best[1] < 1.1
+    result = search_step_size(bowl, 100.0, loss_at_zero=bowl(0.0))
+    assert result.best[1] < 1.1
+
+
+def test_stands_still_where_every_step_hurts() -> None:
+    result = search_step_size(lambda step_size: 1 + step_size, 1.0, loss_at_zero=1.0)
+    assert result.best == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_steps_back_from_losses_that_are_not_finite(bad: float) -> None:
+    def cliff(step_size: float) -> float:
+        return bad if step_size > 2 else bowl(step_size)
+
+    result = search_step_size(cliff, 50.0, loss_at_zero=bowl(0.0))
+    assert result.best[1] < 1.05
+    assert result.best[0] < 2
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_all_losses_not_finite_is_standing_still(bad: float) -> None:
+    assert search_step_size(lambda _: bad, 1.0, loss_at_zero=0.5).best == (0.0, 0.5)
+
+
+def test_the_last_point_is_the_vertex_of_the_parabola_in_the_logarithm() -> None:
+    # In log(step size) this is a parabola with its minimum at e^0.3, which no power of the factor from 1 hits.
+    target = math.exp(0.3)
+    loss, asked = counted(lambda step_size: (math.log(step_size) - 0.3) ** 2)
+    result = search_step_size(loss, 1.0, loss_at_zero=1.0)
+    assert asked[:-1] == pytest.approx([1.0, FACTOR, FACTOR**2])
+    assert asked[-1] == pytest.approx(target, rel=1e-9)
+    assert result.best[0] == pytest.approx(target, rel=1e-9)
+
+
+def test_a_tie_goes_to_the_smaller_step() -> None:
+    result = SearchResult([(0.0, 1.0), (0.5, 0.7), (0.25, 0.7), (1.0, math.nan), (2.0, math.inf)])
+    assert result.best == (0.25, 0.7)
+
+
+def test_a_flat_loss_is_standing_still() -> None:
+    assert search_step_size(lambda _: 1.0, 1.0, loss_at_zero=1.0).best == (0.0, 1.0)

@@ -1,0 +1,205 @@
+"""What a pass leaves behind, against autograd on one big batch and sums in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from onestep_peft.step.layers import Layer
+from onestep_peft.step.statistics import LayerStatistics, observed
+
+D_IN, HIDDEN, CLASSES, TOKENS = 5, 7, 3, 4
+
+
+class Tagger(nn.Module):
+    """Two linear layers over tokens, the mean over real tokens, and a head; the inner layer is called twice."""
+
+    def __init__(self, *, repeat: bool = False, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(D_IN, HIDDEN)
+        self.second = nn.Linear(HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, CLASSES)
+        self.repeat, self.checkpointed = repeat, checkpointed
+
+    def body(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return torch.tanh(self.second(h)) if self.repeat else h
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+        return self.head((h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+def batch(rows: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """x `(rows, TOKENS, D_IN)`, a mask with padding at the end of odd rows, and labels."""
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.ones(rows, TOKENS)
+    mask[1::2, -2:] = 0
+    labels = torch.randint(CLASSES, (rows,), generator=draw)
+    return torch.randn(rows, TOKENS, D_IN, generator=draw), mask, labels
+
+
+def layers_of(model: Tagger) -> list[Layer]:
+    return [
+        Layer(name, module, tuple(module.weight.shape), 1.0, 1, lambda: None, lambda update: 0.0)
+        for name, module in (("first", model.first), ("second", model.second))
+    ]
+
+
+def one_pass(model: Tagger, x: Tensor, mask: Tensor, labels: Tensor, sizes: list[int]) -> dict[str, LayerStatistics]:
+    """A pass in micro-batches of these sizes, sums of losses, divided once."""
+    with observed(layers_of(model)) as statistics:
+        start = 0
+        for size in sizes:
+            part = slice(start, start + size)
+            nn.functional.cross_entropy(model(x[part], mask[part]), labels[part], reduction="sum").backward()
+            start += size
+    for record in statistics.values():
+        record.finish(len(x))
+    return dict(statistics)
+
+
+def deltas_and_inputs(model: Tagger, x: Tensor, mask: Tensor, labels: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """(x, δ) of each call of each layer in float64, by hand: outputs retained in one big batch."""
+    model = model.double()
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {"first": [], "second": []}
+
+    def keep(name: str) -> object:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.retain_grad()
+            calls[name].append((args[0].detach(), output))
+
+        return hook
+
+    handles = [getattr(model, name).register_forward_hook(keep(name)) for name in calls]
+    nn.functional.cross_entropy(model(x.double(), mask.double()), labels, reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    return {
+        name: [
+            (inputs.reshape(-1, inputs.shape[-1]), output.grad.reshape(-1, output.shape[-1])) for inputs, output in one
+        ]
+        for name, one in calls.items()
+    }
+
+
+def expected_covariances(calls: list[tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor, int]:
+    """A over live tokens, S over rows, and the number of live tokens; token by token."""
+    a, s, live = torch.zeros(1), torch.zeros(1), 0
+    for inputs, delta in calls:
+        for x, d in zip(inputs, delta, strict=True):
+            if bool(d.any()):
+                a, s, live = a + torch.outer(x, x), s + torch.outer(d, d), live + 1
+    return a / live, s / rows, live
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_statistics_match_one_big_batch_in_float64(repeat: bool, checkpointed: bool) -> None:
+    rows = batch(10)
+    found = one_pass(Tagger(repeat=repeat, checkpointed=checkpointed), *rows, sizes=[10])
+    oracle = Tagger(repeat=repeat)
+    calls = deltas_and_inputs(oracle, *rows)
+    assert len(calls["second"]) == (2 if repeat else 1)
+    for name, record in found.items():
+        gradient = getattr(oracle, name).weight.grad / 10
+        a, s, live = expected_covariances(calls[name], 10)
+        # Five of ten rows have two tokens of padding: they are no tokens here.
+        assert live == 30 * len(calls[name])
+        assert float(record.tokens) == live
+        assert torch.allclose(record.gradient.double(), gradient, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(record.input_covariance.double(), a, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(record.output_grad_covariance.double(), s, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 10, [3, 3, 3, 1], [7, 3]])
+def test_micro_batches_leave_the_statistics_of_one_batch(sizes: list[int]) -> None:
+    rows = batch(10)
+    whole, split = one_pass(Tagger(), *rows, sizes=[10]), one_pass(Tagger(), *rows, sizes=sizes)
+    for name, record in whole.items():
+        for value in ("gradient", "input_covariance", "output_grad_covariance"):
+            one, other = getattr(record, value), getattr(split[name], value)
+            assert float((one - other).norm() / one.norm()) < 1e-5
+
+
+def test_padding_may_hold_anything() -> None:
+    x, mask, labels = batch(10)
+    other = torch.where(mask[..., None] > 0, x, 100.0)
+    one, two = one_pass(Tagger(), x, mask, labels, [10]), one_pass(Tagger(), other, mask, labels, [10])
+    for name in one:
+        assert torch.equal(one[name].input_covariance, two[name].input_covariance)
+
+
+def test_a_frozen_layer_whose_input_needs_no_gradient_is_observed() -> None:
+    # As in an adapter: the base weight is frozen, and only the wrapper's output needs a gradient.
+    class Wrapper(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.layer = layer.requires_grad_(False)
+            self.up = nn.Parameter(torch.zeros(layer.out_features, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + x[..., :1] @ self.up.T
+
+    rows = batch(10)
+    whole = one_pass(Tagger(), *rows, sizes=[10])
+    model = Tagger()
+    model.first = Wrapper(model.first)
+    model.first.weight = model.first.layer.weight  # `layers_of` reads its shape
+    wrapped = one_pass(model, *rows, sizes=[10])
+    assert torch.allclose(wrapped["first"].gradient, whole["first"].gradient, atol=1e-7)
+    assert model.first.layer.weight.grad is None
+
+
+def test_nothing_is_observed_without_gradients_or_after_the_end() -> None:
+    model = Tagger()
+    x, mask, labels = batch(4)
+    with observed(layers_of(model)) as statistics, torch.no_grad():
+        model(x, mask)
+    nn.functional.cross_entropy(model(x, mask), labels).backward()
+    assert all(float(record.tokens) == 0 for record in statistics.values())
+
+
+def test_observing_changes_no_output_and_no_gradient() -> None:
+    rows = batch(6)
+    plain, watched = Tagger(), Tagger()
+    nn.functional.cross_entropy(plain(*rows[:2]), rows[2], reduction="sum").backward()
+    one_pass(watched, *rows, sizes=[6])
+    for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_reset_empties_the_sums() -> None:
+    record = LayerStatistics((2, 3), torch.device("cpu"))
+    x, delta = torch.randn(4, 3), torch.randn(4, 2)
+    record.add(x, delta)
+    record.reset()
+    record.add(x, delta)
+    record.finish(4)
+    assert torch.allclose(record.gradient, delta.T @ x / 4)
+
+
+def test_bf16_is_summed_in_fp32() -> None:
+    # 4096 equal terms of 1/4096: a sum kept in bf16 stands still once a term is below its last bit.
+    record = LayerStatistics((1, 1), torch.device("cpu"))
+    for _ in range(64):
+        record.add(torch.ones(64, 1, dtype=torch.bfloat16), torch.full((64, 1), 2.0**-12, dtype=torch.bfloat16))
+    assert float(record.gradient) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_gradient_of_rounding_alone_is_noise() -> None:
+    # A key bias: softmax is blind to it, so its gradient is zero but for rounding. Here, a pair of equal tokens with
+    # opposite δ.
+    x = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).expand(2, 6)
+    delta = torch.randn(1, 4, generator=torch.Generator().manual_seed(1))
+    noise, signal, nothing = (LayerStatistics((4, 6), torch.device("cpu")) for _ in range(3))
+    noise.add(x, torch.cat([delta, -delta * (1 + 1e-7)]))
+    signal.add(x, torch.cat([delta, -delta * (1 - 1e-3)]))
+    for record in (noise, signal, nothing):
+        record.finish(2)
+    assert noise.is_noise()
+    assert not signal.is_noise()
+    assert nothing.is_noise()

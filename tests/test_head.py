@@ -1,0 +1,197 @@
+"""The fresh head: which modules it is, its features, and its fit against scikit-learn."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    LlamaConfig,
+    ModernBertConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
+
+from onestep_peft import head
+from tests.conftest import SMALL, VOCABULARY, tiny_bert, tiny_llama, toy_rows, word_tokenizer
+
+CONFIGS = {
+    "bert": (BertConfig(**SMALL), ["classifier"], "classifier"),
+    "distilbert": (
+        DistilBertConfig(vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64),
+        ["classifier", "pre_classifier"],
+        "classifier",
+    ),
+    "deberta-v2": (DebertaV2Config(**SMALL), ["classifier", "pooler"], "classifier"),
+    "modernbert": (
+        ModernBertConfig(
+            **{k: v for k, v in SMALL.items() if k != "initializer_range"}, pad_token_id=0, bos_token_id=2,
+            eos_token_id=3, cls_token_id=2, sep_token_id=3,
+        ),
+        ["classifier", "head"],
+        "classifier",
+    ),
+    "roberta": (RobertaConfig(**SMALL, pad_token_id=0), ["classifier"], "classifier.out_proj"),
+    "llama": (LlamaConfig(**SMALL, pad_token_id=0), ["score"], "score"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=CONFIGS.keys())
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """A backbone saved without a head, the fresh modules to expect, and the last layer."""
+    config, fresh, last = CONFIGS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    AutoModel.from_config(config).save_pretrained(folder)
+    return folder, fresh, last
+
+
+def test_the_fresh_modules_are_those_no_checkpoint_filled(saved: tuple[Path, list[str], str], tmp_path: Path) -> None:
+    folder, fresh, last = saved
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert sorted(head.fresh_modules(model)) == fresh
+    assert head.last_layer(model, fresh, 3) == last
+    # As built from a configuration: nothing was loaded, and the head is what stands beside the backbone.
+    built = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder, num_labels=3))
+    assert sorted(head.fresh_modules(built)) == fresh
+    # Saved whole: nothing is fresh.
+    model.save_pretrained(tmp_path / "whole")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert head.fresh_modules(whole) == []
+    assert head.last_layer(whole, [], 3) is None
+
+
+def test_a_copy_counts_as_fresh_and_says_so(tmp_path: Path) -> None:
+    # A copied parameter has lost the mark of having been loaded, and a fresh head that is copied must be fitted.
+    tiny_bert().save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="fit_head=False"):
+        assert head.fresh_modules(copy.deepcopy(model)) == ["classifier"]
+
+
+def test_a_head_of_another_size_is_fresh(tmp_path: Path) -> None:
+    tiny_bert(num_labels=2).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=4, ignore_mismatched_sizes=True)
+    assert head.fresh_modules(model) == ["classifier"]
+
+
+def clusters(rows: int, seed: int, classes: int = 3, d: int = 5) -> tuple[Tensor, Tensor]:
+    """Overlapping clusters; features of different scales, far from zero."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (rows,), generator=draw)
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
+    x = centres[labels] + 1.5 * torch.randn(rows, d, generator=draw)
+    return x * torch.logspace(-1, 1, d) + 3, labels
+
+
+def scikit_learn(x: Tensor, labels: Tensor, penalty: float, bias: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias by scikit-learn in the same standardised coordinates, taken back."""
+    features = x.double().numpy()
+    mean = features.mean(0) if bias else np.zeros(features.shape[1])
+    scale = np.sqrt(((features - mean) ** 2).mean(0))
+    # scikit-learn: ½‖w‖² + C Σ loss; here the mean of the losses + penalty/2 ‖w‖².
+    model = LogisticRegression(C=1 / (penalty * len(features)), fit_intercept=bias, tol=1e-10, max_iter=10_000)
+    model.fit((features - mean) / scale, labels.numpy())
+    weight = model.coef_ / scale
+    return weight, model.intercept_ - weight @ mean
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fit_matches_scikit_learn(bias: bool) -> None:
+    x, labels = clusters(120, seed=0)
+    found = head.fit(x, labels, held_out=None, classes=3, bias=bias)
+    assert found.penalty == 1 / 120
+    weight, offset = scikit_learn(x, labels, found.penalty, bias)
+    assert np.allclose(found.weight.numpy(), weight, atol=1e-4)
+    if bias:
+        # A softmax does not see what all its biases share.
+        ours = found.bias.numpy()
+        assert np.allclose(ours - ours.mean(), offset - offset.mean(), atol=1e-3)
+    else:
+        assert found.bias is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_penalty_is_the_one_the_held_out_rows_prefer(bias: bool) -> None:
+    # Few rows, many features: a weak penalty overfits, so the strongest and the weakest both lose.
+    x, labels = clusters(25, seed=1, d=12)
+    held = clusters(400, seed=2, d=12)
+    found = head.fit(x, labels, held_out=held, classes=3, bias=bias)
+    losses = {}
+    for penalty in head.PENALTIES:
+        weight, offset = scikit_learn(x, labels, penalty, bias)
+        logits = held[0].double() @ torch.tensor(weight).T + torch.tensor(offset)
+        losses[penalty] = float(nn.functional.cross_entropy(logits, held[1]))
+    best = min(losses, key=losses.__getitem__)
+    assert found.penalty == best
+    assert best not in (head.PENALTIES[0], head.PENALTIES[-1])
+    assert found.held_out_loss == pytest.approx(losses[best], rel=1e-4)
+
+
+def test_rows_without_a_label_do_not_count() -> None:
+    x, labels = clusters(60, seed=0)
+    held, held_labels = clusters(40, seed=1)
+    some = head.fit(x[:40], labels[:40], held_out=(held[:30], held_labels[:30]), classes=3, bias=True)
+    labels[40:], held_labels[30:] = -100, -100
+    marked = head.fit(x, labels, held_out=(held, held_labels), classes=3, bias=True)
+    assert torch.equal(some.weight, marked.weight) and torch.equal(some.bias, marked.bias)
+
+
+def test_a_feature_that_never_varies_does_no_harm() -> None:
+    x, labels = clusters(60, seed=0)
+    x[:, 2] = 7.0
+    found = head.fit(x, labels, held_out=None, classes=3, bias=True)
+    assert torch.isfinite(found.weight).all() and torch.isfinite(found.bias).all()
+
+
+def batches(padding_side: str) -> tuple[list[dict[str, Any]], list[str]]:
+    tokenizer = word_tokenizer(padding_side)
+    rows = toy_rows(11, seed=0)
+    texts = [row["text"] for row in rows]
+    result = []
+    for start in range(0, 11, 4):
+        part = dict(tokenizer(texts[start : start + 4], padding=True, return_tensors="pt"))
+        result.append({**part, "labels": torch.tensor([row["label"] for row in rows[start : start + 4]])})
+    return result, texts
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_features_of_a_decoder_are_its_last_real_tokens(side: str) -> None:
+    model = tiny_llama()
+    found, labels = head.features(model, model.score, batches(side)[0])
+    assert labels.tolist() == [row["label"] for row in toy_rows(11, seed=0)]
+    with torch.no_grad():
+        for text, feature in zip(batches(side)[1], found, strict=True):
+            one = word_tokenizer()(text, return_tensors="pt")
+            hidden = model.model(**one).last_hidden_state[0, -1]
+            assert torch.allclose(feature, hidden, atol=1e-4)
+
+
+def test_features_of_an_encoder_are_the_heads_input_without_dropout() -> None:
+    model: PreTrainedModel = tiny_bert(classifier_dropout=0.5).train()
+    found, _ = head.features(model, model.classifier, batches("right")[0])
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        for text, feature in zip(batches("right")[1], found, strict=True):
+            pooled = model.bert(**word_tokenizer()(text, return_tensors="pt")).pooler_output[0]
+            assert torch.allclose(feature, pooled, atol=1e-5)
+
+
+def test_an_installed_head_gives_the_logits_of_the_fit() -> None:
+    model = tiny_bert(num_labels=3)
+    x, labels = clusters(60, seed=0, d=32)
+    fitted = head.fit(x, labels, held_out=None, classes=3, bias=True)
+    head.install(model.classifier, fitted)
+    assert torch.allclose(model.classifier(x).double(), x.double() @ fitted.weight.T + fitted.bias, atol=1e-3)
