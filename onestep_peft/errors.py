@@ -10,3 +10,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?`, or nothing where nothing is near."""
     close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class PushError(RuntimeError):
+    """A push that the network, the Hub or somebody else's commit kept from arriving."""

@@ -32,11 +32,20 @@ def load(
     folder = _fetch(folder_or_repo, revision)
     report = read_whole(folder)
     base = base_model or _base(report, folder)
+    if not base:
+        raise ValueError(
+            f"{str(folder)!r} does not say what its base is: it was built from a configuration. Save the base in a "
+            "folder and name it: `load(..., base_model=...)`."
+        )
     # The base comes without a head, and says so at length; the adapter brings it.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         model = load_base(base, report.labels, report.base_revision if base_model is None else None)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} If the base has moved, name it: `base_model=` (`--base-model` in the shell)."
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     # Rows that came as tokens leave no tokenizer behind.
