@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from onestep_peft.errors import nearest
+from onestep_peft.errors import PushError, nearest
 from onestep_peft.version import __version__
 
 USAGE = """usage: onestep COMMAND ...
@@ -21,6 +21,7 @@ Adapt a pretrained model in one optimization step.
 commands:
   train     adapt a model to a data set:  onestep train --model M --dataset D --output-dir OUT
   predict   classify texts:               onestep predict OUT "text" ...
+  push      share it on the Hub:          onestep push OUT user/name
 
 `onestep COMMAND --help` lists a command's options.
 """
@@ -64,10 +65,25 @@ class PredictOptions:
     base_model: str | None = field(default=None, metadata={"help": "The base, where it has moved."})
 
 
+@dataclass
+class PushOptions:
+    """What `onestep push` takes beside the folder and the repository."""
+
+    private: bool = field(default=False, metadata={"help": "Make a new repository private; never use a public one."})
+    revision: str | None = field(default=None, metadata={"help": "The branch (default: main); made if need be."})
+    create_pr: bool = field(default=False, metadata={"help": "Propose the commit as a pull request."})
+    tag: str | None = field(default=None, metadata={"help": "A tag for the commit."})
+    base_model: str | None = field(default=None, metadata={"help": "Hub id of a base that was a folder here."})
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, send nothing."})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, or 2 for bad input, which is told on standard error."""
+    """Runs the command; returns its exit status: 0, 2 for what is refused, 1 for a push that did not arrive.
+
+    Both are told on standard error.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {"train": train, "predict": predict}
+    commands: dict[str, Callable[[list[str]], None]] = {"train": train, "predict": predict, "push": push}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -80,12 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands[arguments[0]](arguments[1:])
     except ValueError as error:
         return _fail(str(error))
+    except PushError as error:
+        return _fail(str(error), 1)
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(f"onestep: error: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 def train(arguments: list[str]) -> None:
@@ -103,6 +121,7 @@ def train(arguments: list[str]) -> None:
     check_free(folder)
     trainer = _trainer(options, config)
     trainer.train()
+    trainer.report.datasets = _hub_sets(options, evaluated=trainer.eval_dataset is not None)
     trainer.save_model(str(folder))
     report = trainer.report
     print(f"\n{report.table()}\n{report.summary()}")
@@ -161,6 +180,13 @@ def _sets(options: TrainOptions) -> dict[str, Any]:
     return {"train_dataset": train_rows, "search_dataset": search, "eval_dataset": evaluation}
 
 
+def _hub_sets(options: TrainOptions, evaluated: bool) -> dict[str, list[str]]:
+    """Which of the sets are on the Hub, for the card."""
+    evaluation = (options.eval_dataset or options.dataset) if evaluated else None
+    named = {"train": options.dataset, "search": options.search_dataset, "evaluation": evaluation}
+    return {role: [name] for role, name in named.items() if name and not Path(name).exists()}
+
+
 def predict(arguments: list[str]) -> None:
     """`onestep predict`."""
     given = _parse("predict", [PredictOptions], arguments, positional={"folder": None, "texts": "+"})
@@ -177,6 +203,28 @@ def predict(arguments: list[str]) -> None:
     width = max(len(str(label)) for label in model.config.id2label.values())
     for text, result in zip(texts, classify(texts, truncation=True), strict=True):
         print(f"{result['label']:{width}}  {result['score']:.3f}  {text}")
+
+
+def push(arguments: list[str]) -> None:
+    """`onestep push`."""
+    # Flags last, or the parser would take the word after one for its value.
+    flags = ("--private", "--create-pr", "--create_pr", "--dry-run", "--dry_run")
+    arguments = sorted(arguments, key=lambda word: word in flags)
+    given = _parse("push", [PushOptions], arguments, positional={"folder": None, "repo": None})
+    options: PushOptions = _build(PushOptions, given)
+    _be_quiet()
+
+    from onestep_peft.hub.push import push as push_folder
+
+    said = {**vars(options), "private": options.private or None}
+    result = push_folder(given["folder"], given["repo"], **said)
+    for name, size in result.files.items():
+        print(f"{size:>12,}  {name}")
+    print(f"A fresh process gets the trained model's logits, to {result.difference:.1e} of their scale.")
+    if options.dry_run:
+        print(f"Nothing was sent. Without --dry-run, the above goes to {result.url} ({result.revision}).")
+    else:
+        print(f"Pushed: {result.url}" + (f" (tag {result.tag})" if result.tag else ""))
 
 
 def _parse(

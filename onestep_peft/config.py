@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import numbers
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,10 +31,13 @@ IGNORED: dict[str, str] = {
     "max_grad_norm": "clipping would change the step that the search measures",
     "optim": "the step is the optimizer; see `direction`",
     "dataloader_drop_last": "every row counts",
+    "hub_strategy": "only the finished folder is pushed",
+    "hub_always_push": "only the finished folder is pushed",
 }
 REFUSED: dict[str, str] = {
     "fp16": "its loss scaler may skip the only step. Use `bf16=True`, or full precision.",
     "deepspeed": "DeepSpeed replaces the optimizer's step. Use `accelerate launch` without it.",
+    "label_smoothing_factor": "the search and the guard read the rows' own losses. Leave it out.",
     "neftune_noise_alpha": "noise in the embeddings biases the gradient. Leave it out.",
 }
 
@@ -94,6 +99,10 @@ class OneStepConfig(TrainingArguments):
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)
         if self.rank is not None:
             _check_range("rank", self.rank, 1, None, "8", whole=True)
+        if self.stop_at is not None:
+            _check_range("stop_at", self.stop_at, -math.inf, None, "None")
+        if not isinstance(self.guard, bool):
+            raise ValueError(f"`guard={self.guard!r}` must be True or False; the default is True.")
         self._check_stock_fields()
         super().__post_init__()
         if self.device.type == "cpu":  # pinning memory without an accelerator only warns
@@ -175,11 +184,14 @@ class OneStepConfig(TrainingArguments):
     def upcast(cls, args: TrainingArguments | None) -> OneStepConfig:
         """A OneStepConfig from plain TrainingArguments, as TRL does it."""
         if isinstance(args, cls):
-            return args
+            return copy.copy(args)  # what a trainer sets in it stays with that trainer
         if args is None:
             return cls(output_dir="onestep_output")
+        if not isinstance(args, TrainingArguments):
+            raise ValueError(f"`args={args!r}` is no OneStepConfig. Pass `args=OneStepConfig(output_dir=...)`.")
         names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-        own = {f.name for f in dataclasses.fields(cls) if f.name in cls.__annotations__}
+        # Batch sizes stay as they are: whoever passes plain TrainingArguments counts on their memory.
+        own = {name for name in cls.__annotations__ if not name.startswith("per_device")}
         # Where the user left a stock default, the step's own default holds.
         stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
         values = {name: getattr(args, name) for name in names}
@@ -188,8 +200,9 @@ class OneStepConfig(TrainingArguments):
 
 
 def _check_range(name: str, value: Any, low: float, high: float | None, usual: str, *, whole: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
         raise ValueError(f"`{name}={value!r}` must be a {'whole ' * whole}number; the default is {usual}.")
-    if not math.isfinite(value) or value < low or (high is not None and value > high):
+    number = float(value)
+    if not math.isfinite(number) or number < low or (high is not None and number > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"`{name}={value!r}` must be {bound}; the default is {usual}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from onestep_peft.errors import nearest
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "intent")
-TEXT_COLUMNS = ("text", "sentence", "content", "question", "message", "document")
+TEXT_COLUMNS = ("text", "sentence")
 TEXT_PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -96,7 +97,7 @@ def guess_columns(rows: Dataset, text: str | Sequence[str] | None = None, label:
         if name not in names:
             raise ValueError(f"No column {name!r}; the columns are {names}.{nearest(name, names)}")
     if label is None:
-        known = [name for name in LABEL_COLUMNS if name in names]
+        known = [name for wanted in LABEL_COLUMNS for name in names if name.lower() == wanted]
         if not known:
             raise ValueError(
                 f"No label column among {names}. Name it: `label_column=` (`--label-column` in the shell)."
@@ -110,7 +111,7 @@ def _guess_text(rows: Dataset, label: str) -> tuple[str, ...]:
     for pair in TEXT_PAIRS:
         if set(pair) <= set(strings):
             return pair
-    known = [name for name in TEXT_COLUMNS if name in strings]
+    known = [name for wanted in TEXT_COLUMNS for name in strings if name.lower() == wanted]
     if len(strings) == 1 or known:
         return (known[0],) if known else (strings[0],)
     raise ValueError(
@@ -141,8 +142,8 @@ def count_labels(rows: Dataset, column: str) -> tuple[list[str] | None, int]:
     names = label_names(rows, column)
     if names is not None:
         return names, len(names)
-    values = [value for value in rows.unique(column) if isinstance(value, int) and value >= 0]
-    return None, max(values, default=-1) + 1
+    values = [_number(value) for value in rows.unique(column)]
+    return None, max((value for value in values if isinstance(value, int)), default=-1) + 1
 
 
 def tokenise(
@@ -185,11 +186,18 @@ def check_columns(rows: Dataset, columns: Columns, what: str) -> None:
             )
 
 
+def _number(value: Any) -> Any:
+    """Numbers as integers: a file with one empty cell turns a column of classes into floats."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return int(value) if isinstance(value, bool | float) and value == int(value) else value
+
+
 def _numbers(rows: Dataset, column: str, label2id: Mapping[str, int], classes: int, what: str) -> list[int]:
     numbers: list[int] = []
     kind = rows.features[column]
     names = kind.names if isinstance(kind, ClassLabel) else None
-    for i, value in enumerate(rows[column]):
+    for i, value in enumerate(map(_number, rows[column])):
         if names is not None and value is not None and value >= 0 and names[value] in label2id:
             value = names[value]
         if value is None or value == -100:
@@ -201,7 +209,7 @@ def _numbers(rows: Dataset, column: str, label2id: Mapping[str, int], classes: i
                     f"{nearest(value, label2id)} Load the model with `num_labels` and `id2label` of your set."
                 )
             numbers.append(label2id[value])
-        elif isinstance(value, bool) or not isinstance(value, int):
+        elif not isinstance(value, int):
             raise ValueError(f"{what}, row {i}: label {value!r} is neither a string nor an integer.")
         elif not 0 <= value < classes:
             raise ValueError(

@@ -40,6 +40,16 @@ def fresh_modules(model: nn.Module) -> list[str]:
     return _roots(model, set(fresh))
 
 
+def fresh_copies(model: nn.Module) -> list[str]:
+    """The same for a base whose adapter saves whole modules: their originals tell whether a checkpoint filled them."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(original := getattr(module, "original_module", None), nn.Module)
+        and not any(getattr(parameter, "_is_hf_initialized", False) for parameter in original.parameters())
+    ]
+
+
 def _roots(module: nn.Module, fresh: set[str], prefix: str = "") -> list[str]:
     """The topmost modules all of whose parameters are fresh."""
     names: list[str] = []
@@ -56,7 +66,10 @@ def _roots(module: nn.Module, fresh: set[str], prefix: str = "") -> list[str]:
 def last_layer(model: nn.Module, head: Sequence[str], classes: int) -> str | None:
     """Name of the last linear layer of the head that gives one output a class, or None."""
     found = None
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
+        if ".modules_to_save." in path:  # PEFT's copy; the original beside it goes by the module's own name
+            continue
+        name = path.replace(".original_module", "")
         inside = any(name == root or name.startswith(f"{root}.") for root in head)
         if inside and isinstance(module, nn.Linear) and module.out_features == classes:
             found = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,13 @@ def carve(rows: Sequence[Mapping[str, Any]], fraction: float, maximum: int) -> t
     to the same side: a held-out row never stands among the others too.
     """
     keys = [content_key(row) for row in rows]
-    wanted = min(maximum, round(fraction * len(keys)))
-    held = set(sorted(keys)[:wanted])
+    copies = Counter(keys)
+    room = min(maximum, round(fraction * len(keys)))
+    held: set[bytes] = set()
+    for key in sorted(copies):
+        if copies[key] <= room:
+            held.add(key)
+            room -= copies[key]
     kept = [i for i, key in enumerate(keys) if key not in held]
     return kept, [i for i, key in enumerate(keys) if key in held]
 

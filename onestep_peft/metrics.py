@@ -79,7 +79,17 @@ def resolve(metrics: Sequence[str | evaluate.EvaluationModule]) -> list[evaluate
     Raises:
         ValueError: A name that is neither bundled nor found by `evaluate.load`.
     """
-    return [metric if isinstance(metric, evaluate.EvaluationModule) else _by_name(metric) for metric in metrics]
+    return [_resolved(metric) for metric in metrics]
+
+
+def _resolved(metric: Any) -> evaluate.EvaluationModule:
+    if isinstance(metric, str):
+        return _by_name(metric)
+    if not isinstance(metric, evaluate.EvaluationModule):
+        raise ValueError(
+            f"{metric!r} is neither a metric's name nor an object of evaluate.Metric. Pass one of the two."
+        )
+    return metric
 
 
 def _by_name(name: str) -> evaluate.EvaluationModule:
@@ -89,8 +99,8 @@ def _by_name(name: str) -> evaluate.EvaluationModule:
         return evaluate.load(name, keep_in_memory=True)
     except Exception as error:  # evaluate raises FileNotFoundError, ConnectionError, ImportError, ... for one cause
         raise ValueError(
-            f"No metric {name!r}: it is not one of the bundled {', '.join(BUNDLED)}, and `evaluate.load` does not find "
-            f"it ({type(error).__name__}: {error}).{nearest(name, BUNDLED)}"
+            f"No metric {name!r}.{nearest(name, BUNDLED)} It is not one of the bundled {', '.join(BUNDLED)}, and "
+            f"`evaluate.load` does not find it ({type(error).__name__}: {error})."
         ) from error
 
 

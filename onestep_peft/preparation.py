@@ -77,7 +77,7 @@ def _not_found(base: str, what: str, error: Exception) -> str:
 
 
 def as_rows(name: str, rows: Any) -> Any:
-    """Lists of dicts become a `datasets.Dataset`; other sets stay.
+    """Lists of dicts and pandas frames become a `datasets.Dataset`; other sets stay.
 
     Raises:
         ValueError: A dict of splits, where one set is wanted.
@@ -86,6 +86,8 @@ def as_rows(name: str, rows: Any) -> Any:
         raise ValueError(
             f"{name} is a dict of sets with the keys {list(rows)}. Pass one of them, such as rows['train']."
         )
+    if type(rows).__name__ == "DataFrame":
+        return Dataset.from_pandas(rows, preserve_index=False)
     return Dataset.from_list(list(rows)) if isinstance(rows, list | tuple) else rows
 
 
@@ -258,25 +260,31 @@ class Adapted:
     head: str | None
 
 
-def adapt(model: nn.Module, peft_config: Any) -> Adapted:
+def adapt(model: nn.Module, peft_config: Any, pad_token_id: int | None) -> Adapted:
     """Puts the adapter on a plain model, or takes a PeftModel as it is.
+
+    Args:
+        pad_token_id: What rows are padded with; decoders find a row's last token by it.
 
     Raises:
         ValueError: A task, a head or an adapter that one step does not know.
     """
     task = task_of(model)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if base.config.pad_token_id is None and getattr(base.config, "eos_token_id", None) is not None:
-        base.config.pad_token_id = base.config.eos_token_id
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = pad_token_id
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError("The model has an adapter already, so `peft_config` has nothing to say. Leave it out.")
-        lora.validate(model.peft_config[str(model.active_adapter)])
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("The model's adapter is frozen. Load it with `is_trainable=True`.")
-        return Adapted(model, task, [], None)
+        lora.validate(model.peft_config[str(model.active_adapter)])
+        untrained = all(layer.read() is None for layer in lora.layers(model))
+        fresh = head.fresh_copies(base) if untrained else []
+        return Adapted(model, task, fresh, head.last_layer(base, fresh, base.config.num_labels))
     if peft_config is None:
         peft_config = LoraConfig(r=8, lora_alpha=8)
+    lora.validate(peft_config)
     fresh = head.fresh_modules(model)
     last = head.last_layer(model, fresh, base.config.num_labels)
     revision = peft_config.revision or pinned(base.config.name_or_path)

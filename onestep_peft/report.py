@@ -18,6 +18,7 @@ FILE = "onestep.json"
 PICTURE = "search.png"
 VERSION = 1
 STAGES = ("base", "head", "after")
+HELD_OUT = "held-out rows"
 
 
 @dataclass
@@ -40,6 +41,7 @@ class StepReport:
         datasets: Ids on the Hub by what their rows did: "train", "search", "evaluation". Rows do not say where they
             come from: the command fills this in; in Python, set it before `save_model`.
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted; None where it had none) and "after".
+        scored_on: Which rows "metrics" speak of: "eval_dataset", or "held-out rows" where none was given.
         files: sha256 by file name, once saved.
     """
 
@@ -54,6 +56,7 @@ class StepReport:
     steps: list[dict[str, Any]] = field(default_factory=list)
     datasets: dict[str, list[str]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float] | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
+    scored_on: str = "eval_dataset"
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -81,7 +84,7 @@ class StepReport:
         """The metrics at each stage, as text."""
         stages = [stage for stage in STAGES if self.metrics.get(stage)]
         if not stages:
-            return "No eval_dataset was given, so there is nothing to compare.\n"
+            return "There are no rows to compare by: give an eval_dataset.\n"
         names = list(dict.fromkeys(name for stage in stages for name in self.metrics[stage] or {}))
         width = max(10, *(len(name) for name in names))
         lines = ["".join([f"{'':8}", *(f"{name:>{width + 2}}" for name in names)])]
@@ -89,6 +92,8 @@ class StepReport:
             scores = self.metrics[stage] or {}
             cells = (f"{scores[name]:>{width + 2}.4f}" if name in scores else " " * (width + 2) for name in names)
             lines.append("".join([f"{stage:8}", *cells]))
+        if self.scored_on == HELD_OUT:
+            lines.append("(on the held-out rows, which also chose the step: expect a little less on other rows)")
         return "\n".join(lines) + "\n"
 
     def summary(self) -> str:
@@ -97,6 +102,7 @@ class StepReport:
         for number, step in enumerate(self.steps, 1):
             before, after = step["loss_before"], step["loss_after"]
             fall = "" if before is None or math.isnan(before) else f", held-out loss {before:.4f} → {after:.4f}"
+            fall += " with the head fitted again" if step.get("head_refitted") else ""
             lines.append(
                 f"step {number}: {step['direction']}, step size {step['step_size']:.4g}{fall}; {step['reason']}"
             )
@@ -130,7 +136,7 @@ def _draw(axis: Any, step: dict[str, Any]) -> None:
         label = "chosen" if step["accepted"] else "best, refused"
         axis.plot([step["step_size"]], [_loss_at(step)], "k*", markersize=13, label=label)
     # A step that is far too large would flatten all that matters.
-    axis.set_ylim(lowest - 0.1 * (before - lowest) - 1e-3, before + 0.6 * max(before - lowest, 0.05))
+    axis.set_ylim(lowest - 0.1 * (before - lowest) - 1e-3, before + 0.25 * max(before - lowest, 0.05))
     axis.set_xlabel("step size")
     axis.set_ylabel("mean loss of the held-out rows (nats)")
     axis.set_title(f"{step['direction']}: {'accepted' if step['accepted'] else 'refused'}")

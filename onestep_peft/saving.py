@@ -15,6 +15,8 @@ from peft import PeftModel
 
 from onestep_peft.report import FILE, StepReport
 
+CARD = "README.md"
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
@@ -105,6 +107,8 @@ def read_whole(folder: Path) -> StepReport:
         raise ValueError(f"{str(folder)!r} holds no {FILE}: it was not saved by onestep_peft, or not to the end.")
     report = StepReport.from_json(path.read_text(encoding="utf-8"))
     for name, digest in report.files.items():
+        if name == CARD:  # people edit a card on the Hub's pages, and nothing is loaded from it
+            continue
         file = folder / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{FILE} names {name!r}, outside its folder. Do not use this folder.")

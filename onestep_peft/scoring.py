@@ -13,7 +13,7 @@ from onestep_peft.config import OneStepConfig
 from onestep_peft.errors import nearest
 from onestep_peft.gradient import ExactGradientTrainer
 from onestep_peft.preparation import Tokeniser
-from onestep_peft.report import StepReport
+from onestep_peft.report import HELD_OUT, StepReport
 
 
 class ScoringTrainer(ExactGradientTrainer):
@@ -42,17 +42,20 @@ class ScoringTrainer(ExactGradientTrainer):
         self.seconds[part] += time.perf_counter() - began
 
     def measure(self, stage: str) -> None:
-        """Scores the evaluation rows at this stage of the run."""
-        if self.eval_dataset is None:
+        """Scores the evaluation rows at this stage of the run; where there are none, the held-out rows."""
+        rows: Any = self.eval_dataset if self.eval_dataset is not None else self.held_rows
+        if rows is None:
             return
+        self.report.scored_on = "eval_dataset" if self.eval_dataset is not None else HELD_OUT
         with self.clock("evaluation"):
-            if stage == "after" and not any(outcome.accepted for outcome in self.one_step.outcomes):
-                self.report.metrics["after"] = self.report.metrics["head"] or self.report.metrics["base"]
-            elif isinstance(self.eval_dataset, Mapping):
-                scores = [(name, self.scores(rows)) for name, rows in self.eval_dataset.items()]
+            before = self.report.metrics["head"] or self.report.metrics["base"]  # neither in a resumed run
+            if stage == "after" and before and not any(outcome.accepted for outcome in self.one_step.outcomes):
+                self.report.metrics["after"] = before
+            elif isinstance(rows, Mapping):
+                scores = [(name, self.scores(some)) for name, some in rows.items()]
                 self.report.metrics[stage] = {f"{name}_{key}": v for name, one in scores for key, v in one.items()}
             else:
-                self.report.metrics[stage] = self.scores(self.eval_dataset)
+                self.report.metrics[stage] = self.scores(rows)
 
     def scores(self, rows: Any) -> dict[str, float]:
         """Loss and metrics of some rows, without Trainer's callbacks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
@@ -29,19 +31,18 @@ from onestep_peft.callbacks import StepCallback, StepProgress
 from onestep_peft.config import OneStepConfig
 from onestep_peft.gradient import named_rows, not_finite
 from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, select, split_rows
+from onestep_peft.hub.sharing import SharingTrainer
 from onestep_peft.methods import lora
 from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
 from onestep_peft.saving import check_folder, check_free, portable, save_adapter, save_whole
-from onestep_peft.scoring import ScoringTrainer
 from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSettings
 from onestep_peft.step.statistics import observed
 from onestep_peft.tasks import task_of
 
 MAX_DIRECTION_RANK = 8
-SHOWN_ROWS = 10
 
 
-class OneStepTrainer(ScoringTrainer):
+class OneStepTrainer(SharingTrainer):
     """A `transformers.Trainer` whose training is one step over all rows.
 
     The pass, the callbacks, the logs and the checkpoints are Trainer's. In place of an optimizer's many steps there
@@ -79,9 +80,9 @@ class OneStepTrainer(ScoringTrainer):
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        search_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         model_init: Callable[[], PreTrainedModel] | None = None,
+        search_dataset: Any = None,
         peft_config: PeftConfig | None = None,
         metrics: Sequence[Any] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
@@ -90,22 +91,21 @@ class OneStepTrainer(ScoringTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         config = OneStepConfig.upcast(args)
+        set_seed(config.seed)  # before the model is loaded and the adapter drawn
         check_folder(Path(config.output_dir or "."))
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing: one step is worked out from the training rows.")
         if metrics is not None and compute_metrics is not None:
             raise ValueError("`metrics` and `compute_metrics` are both given. Leave one of them out.")
-        if config.push_to_hub:
-            raise ValueError(
-                "`push_to_hub=True` is not supported yet. Save the folder, then upload it with `hf upload`."
-            )
-        resolved = metric_names.resolve(metrics or ())
+        resolved = metric_names.resolve([metrics] if isinstance(metrics, str) else metrics or ())
         template = model_init() if model is None and model_init is not None else model
         if template is None:
             raise ValueError("`model` is missing: give a model, its name, or `model_init`.")
         sets = preparation.Sets(train_dataset, search_dataset, eval_dataset)
         prepared = preparation.prepare(template, processing_class, sets, text_column, label_column)
         self._peft_config = peft_config
+        tokenizer = prepared.processing_class or getattr(data_collator, "tokenizer", None)
+        self._pad_token_id = getattr(tokenizer, "pad_token_id", None)
         self.tokenise = prepared.tokenise
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config)
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
@@ -129,7 +129,7 @@ class OneStepTrainer(ScoringTrainer):
         self._progress = self._replace_progress_bar()
 
     def _adapt(self, model: nn.Module) -> PeftModel:
-        self._adapted = preparation.adapt(model, self._peft_config)
+        self._adapted = preparation.adapt(model, self._peft_config, self._pad_token_id)
         self.task = self._adapted.task
         return self._adapted.model
 
@@ -158,7 +158,7 @@ class OneStepTrainer(ScoringTrainer):
         output_dir = Path(self._config.output_dir or ".")
         if output_dir not in self._saved_to:
             check_free(output_dir)
-        self.report = StepReport(task=self.task.name, method=lora.name)
+        self.report = StepReport()
         self.optimizer, self._head_done = None, False
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
@@ -299,12 +299,18 @@ class OneStepTrainer(ScoringTrainer):
 
     # The report
 
-    def _fill_report(self, seconds: float) -> None:
+    def _identify(self) -> None:
+        """What the adapter belongs to; known without a run too."""
         report, config = self.report, _config_of(self._peft_model)
-        held = len(self.held_rows) if self.held_rows is not None else 0
+        report.task, report.method = self.task.name, lora.name
         report.base_model = config.name_or_path
         report.base_revision = self._peft_model.peft_config[str(self._peft_model.active_adapter)].revision
         report.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+
+    def _fill_report(self, seconds: float) -> None:
+        self._identify()
+        report = self.report
+        held = len(self.held_rows) if self.held_rows is not None else 0
         report.rows = {
             "gradient": len(self.pass_rows),
             "search": held if self._config.chooses else 0,
@@ -328,7 +334,12 @@ class OneStepTrainer(ScoringTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """An ordinary PEFT adapter with its head, tokenizer, report and picture; the folder is whole or absent.
 
-        Checkpoints that Trainer makes on the way are Trainer's own, without the token.
+        With `push_to_hub=True` the folder is then pushed. Checkpoints that Trainer makes on the way are Trainer's own,
+        without the token, and are never pushed.
+
+        Raises:
+            ValueError: The push is refused; the folder is saved.
+            PushError: The push did not arrive; the folder is saved.
         """
         if _internal_call:
             token, self.args.hub_token = self.args.hub_token, None
@@ -338,8 +349,16 @@ class OneStepTrainer(ScoringTrainer):
                 self.args.hub_token = token
         elif self.args.should_save:
             folder = Path(output_dir or self._config.output_dir or ".")
-            self.report = save_whole(folder, lambda staging: self._write(staging, folder))
-            self._saved_to.add(folder)
+            if folder not in self._saved_to:
+                check_free(folder)
+            self.save_folder(folder)
+            if self._config.push_to_hub:
+                self.push_folder(folder)
+
+    def save_folder(self, folder: Path) -> None:
+        """Writes a whole folder."""
+        self.report = save_whole(folder, lambda staging: self._write(staging, folder))
+        self._saved_to.add(folder)
 
     def _write(self, staging: Path, folder: Path) -> StepReport:
         save_adapter(self._peft_model, staging)
@@ -347,8 +366,15 @@ class OneStepTrainer(ScoringTrainer):
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         self.report.plot(staging / PICTURE)
-        base = _config_of(self._peft_model).name_or_path
-        return replace(self.report, base_model=portable(base, folder.resolve()))
+        self.write_probe(self._peft_model, staging)
+        self._identify()
+        if not self.report.base_model:
+            warnings.warn(
+                "The base was built from a configuration and has no name, so the adapter cannot say what it belongs "
+                "to: save the base too, and load with `base_model=`.",
+                stacklevel=2,
+            )
+        return replace(self.report, base_model=portable(self.report.base_model, folder.resolve()))
 
 
 def _config_of(model: nn.Module) -> Any:

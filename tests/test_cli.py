@@ -87,7 +87,7 @@ def test_one_file_of_rows_gives_its_own_held_out_rows(
     report = json.loads((out / "onestep.json").read_text())
     assert report["rows"] == {"gradient": 144, "search": 0, "guard": 16}
     assert report["steps"][0]["direction"] == "kfac" and report["steps"][0]["candidates"][0]["points"][1][0] == 0.001
-    assert "nothing to compare" in capsys.readouterr().out
+    assert "on the held-out rows" in capsys.readouterr().out
 
 
 def test_every_field_of_the_config_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:

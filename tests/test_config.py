@@ -150,7 +150,8 @@ def test_upcast_honours_max_steps(tmp_path: Path) -> None:
     assert OneStepConfig.upcast(TrainingArguments(output_dir=str(tmp_path), max_steps=3)).max_steps == 3
 
 
-def test_upcast_returns_a_one_step_config_as_it_is(tmp_path: Path) -> None:
-    config = config_for(tmp_path)
-    assert OneStepConfig.upcast(config) is config
+def test_upcast_copies_a_one_step_config_that_two_trainers_may_share(tmp_path: Path) -> None:
+    config = config_for(tmp_path, damping=0.3)
+    taken = OneStepConfig.upcast(config)
+    assert taken is not config and taken.to_dict() == config.to_dict()
     assert isinstance(OneStepConfig.upcast(None), OneStepConfig)

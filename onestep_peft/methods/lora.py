@@ -58,6 +58,8 @@ def validate(config: PeftConfig) -> None:
             f"`init_lora_weights={config.init_lora_weights!r}` changes the base weights or needs data of its own, so "
             "the adapter would not load onto the original base. Leave it out: one step finds its own directions."
         )
+    if config.inference_mode:
+        raise ValueError("`inference_mode=True` in the LoraConfig freezes the adapter. Leave it out.")
     if config.bias != "none":
         raise ValueError(
             f"`bias={config.bias!r}` in the LoraConfig trains biases of the base model, which an adapter must not "
@@ -144,7 +146,8 @@ def layers(model: PeftModel) -> list[Layer]:
 def _adapted(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLinear]]:
     for module_name, module in model.named_modules():
         adapters = getattr(module, "lora_A", None)
-        if adapters is None and not hasattr(module, "lora_embedding_A"):
+        embeddings = getattr(module, "lora_embedding_A", {})
+        if (adapters is None or adapter not in adapters) and adapter not in embeddings:
             continue
         plain = isinstance(adapters, nn.ModuleDict) and adapter in adapters and isinstance(adapters[adapter], nn.Linear)
         if not plain:

@@ -15,9 +15,9 @@ from torch import Tensor
 from onestep_peft.step.layers import LowRank
 from onestep_peft.step.statistics import LayerStatistics
 
-# Below this share of the largest singular value a singular pair is mostly rounding: a polar factor would lift it to
-# the rank of a signal.
-SINGULAR_CUTOFF = 1e-3
+# Below this share of the largest singular value a singular pair is too close to fp32's rounding in the gradient: a
+# polar factor would lift it to the rank of a signal, and it would differ from one batch size to the next.
+SINGULAR_CUTOFF = 1e-2
 # What float64 resolves of singular values through a Gram matrix.
 RESOLUTION = 1e-8
 
@@ -99,10 +99,11 @@ def whiten(statistics: LayerStatistics, damping: float) -> WhitenedGradient:
 def kfac(white: WhitenedGradient, rank: int | None) -> LowRank:
     """The natural gradient under K-FAC's approximation, (S+λI)⁻¹ G (A+λI)⁻¹.
 
-    At a lower rank it is the nearest such matrix in K-FAC's own metric: the leading singular values are kept.
+    At a lower rank it is the nearest such matrix in K-FAC's own metric: the leading singular values are kept, less
+    those in the rounding, which taking the whitening back would blow up. At full rank it is exact.
     Source: Martens & Grosse, ICML 2015.
     """
-    return white.back(white.sigma, rank)
+    return white.back(white.sigma if rank is None else white.sigma * _signal(white.sigma), rank)
 
 
 def kfac_schatten(white: WhitenedGradient, rank: int | None) -> LowRank:

@@ -17,7 +17,7 @@ class Verdict:
         accepted: Whether the step stays.
         reason: Why, in a sentence for the report.
         gain: Mean fall of the rows' losses, in nats.
-        probability: Share of the resamples in which the mean loss falls.
+        probability: Share of the resamples in which the mean loss falls, at most 1 − 2⁻ʳᵒʷˢ.
     """
 
     accepted: bool
@@ -71,7 +71,8 @@ def judge(before: Tensor, after: Tensor, *, confidence: float = 0.95, resamples:
     gain = float(gains.mean())
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(rows, (resamples, rows), generator=generator)
-    probability = float((gains[picks].mean(1) > 0).double().mean())
+    # Rows that all gain would make every resample agree, were they only two: no more is known than a sign test says.
+    probability = min(float((gains[picks].mean(1) > 0).double().mean()), 1 - 0.5**rows)
     seen = f"{gain:+.4f} nats a row on {rows} held-out rows, a gain in {probability:.1%} of resamples"
     if gain <= 0:
         return Verdict(False, f"refused: the step does not lower the held-out loss ({seen})", gain, probability)

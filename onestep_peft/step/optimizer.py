@@ -223,12 +223,10 @@ class OneStepOptimizer(torch.optim.Optimizer):
         loss = closure() if closure is not None else None
         clock = _Clock()
         candidates = build_candidates(self.layers, self.statistics, self._parameters, self.settings)
-        if not candidates:
-            raise ValueError(
-                f"None of the directions {list(self.settings.directions)} has a layer to move: every gradient is zero "
-                "or noise. Check that the labels vary and that the head is not all zeros."
-            )
         clock.lap("directions")
+        if not candidates:
+            self.outcomes.append(self._nothing_to_move())
+            return loss
         before = [p.detach().clone() for p in self._parameters]
         kept = False
         try:
@@ -242,6 +240,13 @@ class OneStepOptimizer(torch.optim.Optimizer):
         outcome.seconds = clock.seconds
         self.outcomes.append(outcome)
         return loss
+
+    def _nothing_to_move(self) -> StepOutcome:
+        before = float(self._losses().mean()) if self._losses is not None else float("nan")
+        reason = (
+            "refused: every layer's gradient is zero or rounding. The head alone may separate all rows, or be all zeros"
+        )
+        return StepOutcome(self.settings.directions[0], 0.0, [], before, before, False, reason)
 
     def _decide(self, candidates: Sequence[Candidate], clock: _Clock) -> StepOutcome:
         """Searches and judges; leaves the model at the best point, accepted or not."""
@@ -288,10 +293,13 @@ class OneStepOptimizer(torch.optim.Optimizer):
         return self._move(searched, before), trials
 
     def _move(self, searched: Sequence[tuple[Candidate, SearchResult]], before: float) -> StepOutcome:
-        best, result = min(searched, key=lambda pair: pair[1].best[1])
-        step_size, after = result.best
-        if self.settings.step_size is not None and not self.settings.guard:
-            step_size, after = result.points[1]
+        taken_anyway = self.settings.step_size is not None and not self.settings.guard
+
+        def end(result: SearchResult) -> tuple[float, float]:
+            return result.points[1] if taken_anyway else result.best
+
+        best, result = min(searched, key=lambda pair: end(pair[1])[1])
+        step_size, after = end(result)
         points = [(candidate.name, one) for candidate, one in searched]
         if step_size == 0.0:
             reason = "refused: no step size that was tried lowers the held-out loss"

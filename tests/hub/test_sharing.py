@@ -1,0 +1,149 @@
+"""The trainer's own way to the Hub, and what becomes of tokens on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onestep_peft import OneStepTrainer
+from tests.conftest import tiny_bert, toy_rows, trainer_for
+from tests.hub.client import Client
+from tests.hub.conftest import World, published
+from tests.hub_server import Fault, HubServer
+from tests.hub_server.auth import Account
+
+TRAINER = """
+from onestep_peft import OneStepTrainer
+from tests.conftest import config_for
+from tests.test_load import named_rows
+
+pushing.check_in_fresh_process = lambda folder, token=None: 0.0
+
+def trainer_for(folder, **options):
+    return OneStepTrainer(
+        model=options.pop("model", "user/base"),
+        args=config_for(folder, direction="sgd", step_size=0.1, **options), train_dataset=named_rows(60, 1),
+    )
+"""
+
+SECRETIVE = """
+import contextlib, io, os
+if "{variable}":
+    os.environ["HF_TOKEN"] = "{variable}"
+given = {given!r}
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    trainer = trainer_for(
+        "{way}", push_to_hub=True, hub_model_id="user/secret-{way}", hub_token=given, save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    trainer.save_model()
+answer = [out.getvalue(), repr(trainer.report), attempt("{way}", "other/not-mine", token=given)]
+os.environ.pop("HF_TOKEN", None)
+"""
+
+
+def run(client: Client, script: str) -> object:
+    return client.run(TRAINER + script)
+
+
+def test_a_config_that_says_so_pushes_what_is_saved(hub: HubServer, client: Client) -> None:
+    client_said = run(
+        client,
+        """
+trainer = trainer_for(
+    "mine", push_to_hub=True, hub_model_id="of-config", hub_private_repo=True, hub_revision="dev",
+    save_strategy="steps", save_steps=1,
+)
+trainer.train()
+trainer.save_model()
+result = trainer.push_to_hub(commit_message="Again", tag="v1")
+answer = [trainer.hub_model_id, result.commit]
+""",
+    )
+    assert client_said == ["user/of-config", hub.head("user/of-config", "dev").oid]
+    assert hub.repo("user/of-config").private and not published(hub.files("user/of-config"))
+    files = published(hub.files("user/of-config", "dev"))
+    local = {path.name for path in (client.folder / "mine").iterdir() if path.is_file()}
+    assert files.keys() == local | {"README.md"}, "no checkpoint and no training_args.bin"
+    assert (client.folder / "mine" / "checkpoint-1").is_dir()
+    assert hub.repo("user/of-config").refs["refs/tags/v1"] == hub.head("user/of-config", "dev").oid
+    assert len(list(hub.repo("user/of-config").history("dev"))) == 2, "one push; the same files again are no commit"
+
+
+def test_a_push_that_fails_raises_and_leaves_the_folder_whole(hub: HubServer, client: Client) -> None:
+    hub.faults.add(Fault("commit", "cut", 1000))
+    said = run(
+        client,
+        """
+trainer = trainer_for("failed")
+trainer.train()
+answer = []
+for options in ({}, {"blocking": False}):
+    try:
+        trainer.push_to_hub(**options)
+    except (RuntimeError, ValueError) as error:
+        answer.append(f"{type(error).__name__}: {error}")
+load("failed")
+""",
+    )
+    assert isinstance(said, list) and len(said) == 2
+    assert said[0].startswith("PushError: Pushing to 'user/failed'") and "are as they were" in said[0]
+    assert said[1].startswith("ValueError: `blocking=False`")
+    hub.faults.clear()
+    answer = client.run("answer = attempt('failed', 'user/failed')")
+    assert not answer["error"] and "onestep.json" in hub.files("user/failed")
+
+
+def test_what_could_never_be_pushed_is_told_before_any_work(hub: HubServer, client: Client) -> None:
+    said = run(
+        client,
+        """
+from tests.conftest import tiny_bert, word_tokenizer
+tiny_bert().bert.save_pretrained("local")
+word_tokenizer().save_pretrained("local")
+answer = []
+for options in ({"model": "local"}, {"hub_token": "hf_unknown", "hub_model_id": "x"}):
+    try:
+        trainer_for("never", push_to_hub=True, **options)
+    except ValueError as error:
+        answer.append(str(error))
+""",
+    )
+    assert isinstance(said, list) and len(said) == 2
+    assert "'local' is no model on the Hub" in said[0] and "push_to_hub(base_model=...)" in said[0]
+    assert "hf auth login" in said[1]
+    assert "create_repo" not in hub.steps()
+
+
+def test_trainers_without_the_hub_ask_nothing_of_it(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / "out", toy_rows(60, 1), model=tiny_bert(), direction="sgd", step_size=0.1)
+    assert isinstance(trainer, OneStepTrainer) and trainer.hub_model_id is None
+
+
+SECRET = {way: "hf_" + letters * 11 for way, letters in (("variable", "Zq7"), ("config", "Wk3"), ("login", "Xv5"))}
+
+
+def test_a_token_is_in_no_file_and_in_no_log(world: World, hub: HubServer, tmp_path: Path) -> None:
+    hub.tokens = {**hub.tokens, **{token: Account("user", "write") for token in SECRET.values()}}
+    hub.profile = "lfs"
+    home = tmp_path / "home"
+    client = Client(hub, tmp_path / "work", "", HF_HOME=str(home), HF_DEBUG="1", HF_HUB_VERBOSITY="debug")
+    try:
+        for way, token in SECRET.items():
+            hub.faults.add(Fault("commit", "status:503"))  # a failure's messages count too
+            variable, given = (token if way == "variable" else ""), (token if way == "config" else None)
+            home.mkdir(exist_ok=True)
+            (home / "token").write_text(token if way == "login" else "")  # where `hf auth login` puts it
+            said = run(client, SECRETIVE.format(way=way, variable=variable, given=given))
+            assert isinstance(said, list) and not any(secret in str(said) for secret in SECRET.values())
+            assert said[-1]["error"] == "ValueError" and "403" in said[-1]["message"]
+            pushed = hub.files(f"user/secret-{way}")
+            assert "onestep.json" in pushed
+            assert not any(token.encode() in content for content in pushed.values())
+    finally:
+        client.close()
+    assert "503" in client.log.read_text(), "there is something to look at"
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path != home / "token"]
+    assert all((client.folder / way / "checkpoint-1").is_dir() for way in SECRET)
+    for path in written:
+        assert not any(token.encode() in path.read_bytes() for token in SECRET.values()), path
