@@ -177,6 +177,20 @@ def tokenise(
     return Dataset.from_dict({**{name: tokens[name] for name in tokens}, **labels})
 
 
+def check_some(rows: Any, what: str) -> None:
+    """Raises a ValueError for an empty set."""
+    if len(rows) == 0:
+        raise ValueError(f"{what} has no rows. Give at least one labelled row.")
+
+
+def out_of_range(what: str, row: int, label: Any, classes: int) -> ValueError:
+    """The error for a label that is no class of the model."""
+    return ValueError(
+        f"{what}, row {row}: label {label} is out of range: the model has {classes} classes, 0 to {classes - 1}. "
+        "Fix the row, or load the model with a larger `num_labels`."
+    )
+
+
 def check_columns(rows: Dataset, columns: Columns, what: str) -> None:
     """Raises a ValueError for a missing column."""
     for name in (*columns.text, columns.label):
@@ -212,10 +226,7 @@ def _numbers(rows: Dataset, column: str, label2id: Mapping[str, int], classes: i
         elif not isinstance(value, int):
             raise ValueError(f"{what}, row {i}: label {value!r} is neither a string nor an integer.")
         elif not 0 <= value < classes:
-            raise ValueError(
-                f"{what}, row {i}: label {value} is out of range: the model has {classes} classes, 0 to {classes - 1}. "
-                "Fix the row, or load the model with a larger `num_labels`."
-            )
+            raise out_of_range(what, i, value, classes)
         else:
             numbers.append(value)
     return numbers

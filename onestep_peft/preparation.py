@@ -188,18 +188,14 @@ def check_tokenised(name: str, rows: Any, classes: int) -> Any:
     """
     if not hasattr(rows, "__len__"):
         raise ValueError(f"{name} has no length; one step needs to know its rows. Pass a map-style dataset.")
-    if len(rows) == 0:
-        raise ValueError(f"{name} has no rows. Give at least one labelled row.")
+    data.check_some(rows, name)
     names = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     column = next((column for column in ("labels", "label") if column in names), None)
     if column is None or (column == "label" and not isinstance(rows, Dataset)):
         raise ValueError(f"{name} has no column 'labels'; its columns are {names}.")
     for i, label in enumerate(rows[column] if isinstance(rows, Dataset) else [row[column] for row in rows]):
         if label != -100 and not 0 <= label < classes:
-            raise ValueError(
-                f"{name}, row {i}: label {label} is out of range: the model has {classes} classes, 0 to {classes - 1}. "
-                "Fix the row, or load the model with a larger `num_labels`."
-            )
+            raise data.out_of_range(name, i, label, classes)
     return rows.rename_column("label", "labels") if isinstance(rows, Dataset) and column == "label" else rows
 
 
@@ -224,8 +220,7 @@ def prepare(
     sets = sets.map(as_rows)
     raw = [(name, rows) for name, rows in sets.items() if is_raw(rows)]
     for name, rows in raw:
-        if len(rows) == 0:
-            raise ValueError(f"{name} has no rows. Give at least one labelled row.")
+        data.check_some(rows, name)
     columns = data.guess_columns(raw[0][1], text, label) if raw else None
     for name, rows in raw:
         assert columns is not None
@@ -250,13 +245,11 @@ class Adapted:
     """A model with its adapter.
 
     Args:
-        fresh: Names of the modules that no checkpoint filled, in the base.
         head: Name of the head's last layer where it is fresh, else None.
     """
 
     model: PeftModel
     task: Task
-    fresh: list[str]
     head: str | None
 
 
@@ -281,13 +274,12 @@ def adapt(model: nn.Module, peft_config: Any, pad_token_id: int | None) -> Adapt
         lora.validate(model.peft_config[str(model.active_adapter)])
         untrained = all(layer.read() is None for layer in lora.layers(model))
         fresh = head.fresh_copies(base) if untrained else []
-        return Adapted(model, task, fresh, head.last_layer(base, fresh, base.config.num_labels))
+        return Adapted(model, task, head.last_layer(base, fresh, base.config.num_labels))
     if peft_config is None:
         peft_config = LoraConfig(r=8, lora_alpha=8)
-    lora.validate(peft_config)
     fresh = head.fresh_modules(model)
     last = head.last_layer(model, fresh, base.config.num_labels)
-    revision = peft_config.revision or pinned(base.config.name_or_path)
+    revision = pinned(base.config.name_or_path)
     # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
     wrapped = lora.wrap(base, copy.deepcopy(peft_config), fresh, revision, task.peft_task_type)
-    return Adapted(wrapped, task, fresh, last)
+    return Adapted(wrapped, task, last)

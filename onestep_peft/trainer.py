@@ -36,6 +36,7 @@ from onestep_peft.methods import lora
 from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
 from onestep_peft.saving import check_folder, check_free, portable, save_adapter, save_whole
 from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSettings
+from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
 from onestep_peft.tasks import task_of
 
@@ -155,23 +156,19 @@ class OneStepTrainer(SharingTrainer):
         Raises:
             ValueError: The output folder holds another run, or a row's loss is not finite.
         """
-        output_dir = Path(self._config.output_dir or ".")
-        if output_dir not in self._saved_to:
-            check_free(output_dir)
+        self._check_free(Path(self._config.output_dir or "."))
         self.report = StepReport()
         self.optimizer, self._head_done = None, False
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
-        before = [(p, p.detach().clone()) for p in self._peft_model.parameters() if p.requires_grad]
+        before = Snapshot(self._trainable())
         began = time.perf_counter()
         try:
             with contextlib.ExitStack() as self._stack:
                 output = super().train(*args, **kwargs)
             self.measure("after")
         except BaseException:
-            with torch.no_grad():
-                for parameter, bits in before:
-                    parameter.copy_(bits)
+            before.restore()
             raise
         finally:
             if self._progress is not None:
@@ -216,7 +213,7 @@ class OneStepTrainer(SharingTrainer):
                 config.directions, config.fixed_step_size, config.damping, rank, config.guard, config.guard_confidence
             )
             self.optimizer = OneStepOptimizer(
-                [p for p in self._peft_model.parameters() if p.requires_grad],
+                self._trainable(),
                 settings,
                 layers=layers,
                 statistics=self._stack.enter_context(observed(layers)),
@@ -232,6 +229,9 @@ class OneStepTrainer(SharingTrainer):
     @property
     def _peft_model(self) -> PeftModel:
         return cast(PeftModel, self.accelerator.unwrap_model(cast(nn.Module, self.model)))
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._peft_model.parameters() if parameter.requires_grad]
 
     def _show_point(self, direction: str, step_size: float, loss: float) -> None:
         if self._progress is not None:
@@ -278,16 +278,14 @@ class OneStepTrainer(SharingTrainer):
         """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""
         assert self._adapted.head is not None
         layer = head.active(self._peft_model, self._adapted.head)
-        before = [parameter.detach().clone() for parameter in layer.parameters()]
+        before = Snapshot(layer.parameters())
         self._fit_head()
         loss = float(self._held_out_losses().mean())
         outcome.head_refitted = loss < outcome.loss_after
         if outcome.head_refitted:
             outcome.loss_after = loss
-            return
-        with torch.no_grad():
-            for parameter, bits in zip(layer.parameters(), before, strict=True):
-                parameter.copy_(bits)
+        else:
+            before.restore()
 
     def _watched(self, batches: DataLoader, what: str) -> Iterator[Any]:
         if self._progress is not None:
@@ -349,16 +347,19 @@ class OneStepTrainer(SharingTrainer):
                 self.args.hub_token = token
         elif self.args.should_save:
             folder = Path(output_dir or self._config.output_dir or ".")
-            if folder not in self._saved_to:
-                check_free(folder)
             self.save_folder(folder)
             if self._config.push_to_hub:
                 self.push_folder(folder)
 
     def save_folder(self, folder: Path) -> None:
-        """Writes a whole folder."""
+        """Writes a whole folder, over nothing but what this trainer has saved there before."""
+        self._check_free(folder)
         self.report = save_whole(folder, lambda staging: self._write(staging, folder))
         self._saved_to.add(folder)
+
+    def _check_free(self, folder: Path) -> None:
+        if folder not in self._saved_to:
+            check_free(folder)
 
     def _write(self, staging: Path, folder: Path) -> StepReport:
         save_adapter(self._peft_model, staging)

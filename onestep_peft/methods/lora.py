@@ -100,7 +100,7 @@ def wrap(
     Args:
         head: Names of modules that no checkpoint filled: they are saved whole, beside the adapter. PEFT by itself
             adds only `classifier` and `score`.
-        revision: The base's commit, pinned in the adapter's configuration.
+        revision: The base's commit, pinned in the adapter's configuration where that names none.
         task_type: PEFT's name of the task; written to the configuration if it has none.
 
     Raises:
@@ -115,7 +115,7 @@ def wrap(
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *head} - SAVED_BY_PEFT) or None
     targets = config.target_modules
     try:
-        wrapped = get_peft_model(model, config, revision=revision)
+        wrapped = get_peft_model(model, config, revision=config.revision or revision)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise

@@ -15,6 +15,7 @@ from onestep_peft.step.directions import DIRECTIONS, whiten
 from onestep_peft.step.guard import cross_fitted, judge
 from onestep_peft.step.layers import Layer, LowRank
 from onestep_peft.step.line_search import SearchResult, search_step_size
+from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import LayerStatistics
 
 # The first step size tried moves the weights by this share of their norm.
@@ -227,15 +228,14 @@ class OneStepOptimizer(torch.optim.Optimizer):
         if not candidates:
             self.outcomes.append(self._nothing_to_move())
             return loss
-        before = [p.detach().clone() for p in self._parameters]
+        before = Snapshot(self._parameters)
         kept = False
         try:
             outcome = self._decide(candidates, clock)
             kept = outcome.accepted
         finally:  # an error or an interruption in the search leaves the model as it was
             if not kept:
-                for parameter, bits in zip(self._parameters, before, strict=True):
-                    parameter.copy_(bits)
+                before.restore()
         clock.lap("guard")
         outcome.seconds = clock.seconds
         self.outcomes.append(outcome)
