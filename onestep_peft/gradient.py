@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onestep_peft.step.optimizer import OneStepOptimizer
-from onestep_peft.tasks import Task, logits_of
+from onestep_peft.tasks import Task, logits_for
 
 SHOWN_ROWS = 10
 
@@ -79,28 +79,30 @@ class ExactGradientTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """In the pass the *sum* of the rows' losses with dropout off, elsewhere Trainer's loss.
+        """In the pass the *sum* of the rows' losses with dropout off; elsewhere their mean over the labelled items.
 
-        The mean over a micro-batch, times its items: so uneven micro-batches weigh by their rows.
+        The loss is the task's, for the pass, the search, the guard and the evaluation alike, and the model is not
+        asked for one: so uneven micro-batches weigh by their items, and no virtual token has a say.
 
         Raises:
             ValueError: A loss that is not finite, with the rows it comes from.
         """
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        without_dropout(model)
         labels = inputs["labels"]
-        items = self.task.items(labels)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if items == 0:  # a mean over nothing is NaN
-            loss = logits_of(outputs).sum() * 0.0
-        elif not torch.isfinite(loss):
-            bad = ~torch.isfinite(self.task.row_losses(logits_of(outputs), labels))
-            raise ValueError(not_finite(float(loss.detach()), self.name_rows(bad.nonzero().flatten().tolist())))
-        self.one_step.count(float(items))
-        self._cursor += len(labels)
-        total = loss * items
-        return (total, outputs) if return_outputs else total
+        in_pass = model.training
+        if in_pass:
+            without_dropout(model)
+        logits = logits_for(model, {name: value for name, value in inputs.items() if name != "labels"})
+        losses, items = self.task.row_losses(logits, labels), self.task.row_items(labels).sum()
+        loss = losses.sum()
+        if in_pass:
+            if not torch.isfinite(loss):
+                bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+                raise ValueError(not_finite(float(loss.detach()), self.name_rows(bad)))
+            self.one_step.count(float(items))
+            self._cursor += len(labels)
+        else:
+            loss = loss / items  # NaN where nothing is labelled
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def name_rows(self, positions: Sequence[int]) -> str:
         """Rows of the current micro-batch as the user counts them."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestep_peft.tasks import logits_of
+from onestep_peft.tasks import logits_for
 
 # Ridge penalties that are tried, from the strongest on, in units of the features' variance.
 PENALTIES = tuple(10 ** (-i / 2) for i in range(0, 9))
@@ -109,7 +109,7 @@ def features(model: nn.Module, layer: nn.Module, batches: Iterable[Mapping[str, 
         for batch in batches:
             inputs = dict(batch)
             target = inputs.pop("labels")
-            logits = logits_of(model(**inputs))
+            logits = logits_for(model, inputs)
             (x, output), *_ = seen
             seen.clear()
             kept.append(_rows_of(x, output, logits).float())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from onestep_peft.config import OneStepConfig
-from onestep_peft.tasks import Task, logits_of
+from onestep_peft.tasks import Task, logits_for
 
 
 def content_key(row: Mapping[str, Any]) -> bytes:
@@ -68,16 +68,21 @@ class HeldOut:
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> Tensor:
-        """The rows' losses at the model as it stands, `(rows,)`, on the CPU, in content order, dropout off."""
+        """The rows' losses at the model as it stands, `(rows,)`, on the CPU, in content order, dropout off.
+
+        A row with several items counts by their number: its losses are summed and divided by the rows' mean number of
+        items, so the mean over the rows is the mean over the items.
+        """
         was_training = model.training
         model.eval()
-        result = torch.empty(self.rows)
+        losses, items = torch.empty(self.rows), torch.empty(self.rows)
         for positions, batch in zip(self._positions, self.batches, strict=True):
             inputs = dict(batch)
             labels = inputs.pop("labels")
-            result[positions] = self._task.row_losses(logits_of(model(**inputs)), labels).cpu()
+            losses[positions] = self._task.row_losses(logits_for(model, inputs), labels).cpu()
+            items[positions] = self._task.row_items(labels).float().cpu()
         model.train(was_training)
-        return result
+        return losses / items.mean()
 
 
 def batched_by_length(rows: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[list[int], list[list[int]]]:

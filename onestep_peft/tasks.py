@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ class Task:
         auto_model: The auto class that loads a model for it.
         class_suffix: How the model classes of this task end.
         metrics: Names of the metrics where the user gives none.
-        row_losses: (logits, labels) -> the loss of each row, `(rows,)`, fp32.
-        items: labels -> how many items a mean loss was taken over.
+        row_losses: (logits, labels) -> the *sum* of each row's item losses, `(rows,)`, fp32. An item labelled -100 has
+            none.
+        row_items: labels -> how many labelled items (the row itself, or its labelled tokens) each row has, `(rows,)`.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Task:
     class_suffix: str
     metrics: tuple[str, ...]
     row_losses: Callable[[Tensor, Tensor], Tensor]
-    items: Callable[[Tensor], Tensor]
+    row_items: Callable[[Tensor], Tensor]
 
 
 def _classification_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def _classification_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _labelled(labels: Tensor) -> Tensor:
-    return labels.ne(-100).sum()
+    return labels.ne(-100)
 
 
 TEXT_CLASSIFICATION = Task(
@@ -49,7 +50,7 @@ TEXT_CLASSIFICATION = Task(
     class_suffix="ForSequenceClassification",
     metrics=("accuracy",),
     row_losses=_classification_losses,
-    items=_labelled,
+    row_items=_labelled,
 )
 TASKS = (TEXT_CLASSIFICATION,)
 
@@ -96,3 +97,15 @@ def logits_of(outputs: Any) -> Tensor:
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"The model returned {type(logits).__name__} as logits, not a tensor.")
     return logits
+
+
+def logits_for(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The model's logits for the tokens of its inputs.
+
+    Under prompt tuning a model answers for its virtual tokens too. They are cut off here and nowhere else.
+
+    Args:
+        inputs: As the model takes them, without labels: the task has the loss.
+    """
+    logits = logits_of(model(**inputs))
+    return logits[:, -inputs["input_ids"].shape[1] :] if logits.dim() == 3 else logits

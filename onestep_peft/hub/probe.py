@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onestep_peft.tasks import logits_of
+from onestep_peft.tasks import logits_for
 
 FILE = "probe.safetensors"
 LOGITS = "logits"
@@ -68,7 +68,7 @@ def _redrawn(ids: Tensor, keep: set[int], vocabulary: int) -> Tensor:
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     was_training = model.training
     model.eval()
-    logits = logits_of(model(**inputs)).float().cpu().contiguous()
+    logits = logits_for(model, inputs).float().cpu().contiguous()
     model.train(was_training)
     return logits
 
