@@ -196,11 +196,12 @@ def predict(arguments: list[str]) -> None:
     from transformers import pipeline
 
     from onestep_peft.hub.load import load
+    from onestep_peft.wrapping import config_of
 
     texts = given["texts"]
     model, tokenizer = load(given["folder"], options.revision, base_model=options.base_model)
     classify: Any = cast(Any, pipeline)("text-classification", model=model, tokenizer=tokenizer)
-    width = max(len(str(label)) for label in model.config.id2label.values())
+    width = max(len(str(label)) for label in config_of(model).id2label.values())
     for text, result in zip(texts, classify(texts, truncation=True), strict=True):
         print(f"{result['label']:{width}}  {result['score']:.3f}  {text}")
 

@@ -13,12 +13,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from onestep_peft.errors import nearest
-from onestep_peft.step.directions import DIRECTIONS
+from onestep_peft.step.directions import DIRECTIONS, NATURAL, PARAMETER_DIRECTIONS
 
+AUTO = "auto"
 #: Directions that a user can name.
-KNOWN_DIRECTIONS = ("auto", "sgd", *DIRECTIONS)
-#: What "auto" tries: all come from one pass, and held-out rows choose.
-AUTO = ("kfac_schatten", "kfac_muon", "kfac")
+KNOWN_DIRECTIONS = (AUTO, *PARAMETER_DIRECTIONS, *DIRECTIONS, NATURAL)
 
 # Stock fields that a single step has no use for, and why.
 IGNORED: dict[str, str] = {
@@ -47,13 +46,15 @@ class OneStepConfig(TrainingArguments):
     """Trainer's arguments, with a single step's defaults and a few fields of its own.
 
     Args:
-        direction: "auto" (several candidates from one pass, held-out rows choose), one of "sgd", "kfac",
-            "kfac_muon", "kfac_schatten", or a list of them to choose from.
+        method: What moves: "lora", "full" (the model's own weights) or "prompt_tuning"; None for what `peft_config`
+            stands for, and LoRA without one.
+        direction: "auto" (several candidates from one pass, held-out rows choose), one of "sgd", "sign", "muon",
+            "lora_one", "kfac", "kfac_muon", "kfac_schatten" and (for prompts) "natural", or a list to choose from.
         step_size: η of the update, or "search" to find it on held-out rows.
         max_steps: Number of steps, each with a pass, a search and a guard of its own.
         stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.
         damping: λ of the `kfac` family, in units of each covariance's mean eigenvalue.
-        rank: Rank of the direction; None for the smaller of 8 and the adapter's r.
+        rank: Rank of the direction; None for the smaller of 8 and the adapter's r, and for full weights the full one.
         fit_head: Whether to fit a freshly initialised head first. "auto": whenever there is one, except for the
             plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
@@ -63,8 +64,9 @@ class OneStepConfig(TrainingArguments):
         guard_confidence: Below this share of resampled row sets that show a gain, the report calls it weak.
     """
 
+    method: str | None = field(default=None, metadata={"help": "What moves: lora (default), full or prompt_tuning."})
     direction: str | list[str] = field(
-        default="auto", metadata={"help": "auto, sgd, kfac, kfac_muon, kfac_schatten, or several."}
+        default=AUTO, metadata={"help": f"{', '.join(KNOWN_DIRECTIONS)}, or several of them."}
     )
     step_size: str | float = field(default="search", metadata={"help": '"search", or a number.'})
     max_steps: int = field(default=1, metadata={"help": "Number of steps, each over all rows."})
@@ -107,11 +109,6 @@ class OneStepConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":  # pinning memory without an accelerator only warns
             self.dataloader_pin_memory = False
-        if self.world_size > 1:
-            raise ValueError(
-                f"{self.world_size} processes: one step runs in a single process so far. Start it without "
-                "`accelerate launch` or `torchrun`."
-            )
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs in one process: Trainer would use DataParallel, whose gradient is not exact. "
@@ -120,9 +117,8 @@ class OneStepConfig(TrainingArguments):
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """The candidates by name."""
-        names = [self.direction] if isinstance(self.direction, str) else list(self.direction)
-        return AUTO if names == ["auto"] else tuple(names)
+        """The candidates by name; ("auto",) leaves them to the method."""
+        return (self.direction,) if isinstance(self.direction, str) else tuple(self.direction)
 
     @property
     def fixed_step_size(self) -> float | None:
@@ -137,7 +133,7 @@ class OneStepConfig(TrainingArguments):
     @property
     def chooses(self) -> bool:
         """Whether held-out rows choose a direction or a step size."""
-        return self.fixed_step_size is None or len(self.directions) > 1
+        return self.fixed_step_size is None or len(self.directions) > 1 or self.direction == AUTO
 
     @property
     def needs_held_out_rows(self) -> bool:

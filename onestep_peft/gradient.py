@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from onestep_peft.held_out import padded
+from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
 
@@ -53,6 +55,15 @@ class ExactGradientTrainer(Trainer):
         self._loss_sum = torch.zeros((), device=self.args.device)
         self._pass_began = time.perf_counter()
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As in Trainer; several processes get as many full micro-batches each, the last rows without labels."""
+        rows: Any = self.train_dataset
+        self.train_dataset = padded(rows, self._train_batch_size)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
         """As in Trainer, with all micro-batches of the pass in one step. Runs again when batches get smaller."""
         args.gradient_accumulation_steps = len(dataloader)
@@ -68,11 +79,13 @@ class ExactGradientTrainer(Trainer):
         Returns:
             Zero, and for the last micro-batch the mean loss of the pass, so that Trainer logs just that.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self.accelerator.no_sync(model):  # the sums of all processes are added up once, at the end
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss_sum = self._loss_sum + loss
         if not self.accelerator.sync_gradients:
             return torch.zeros_like(loss)
         items = self.one_step.finish_pass()
+        processes.sum_over([self._loss_sum])
         self.pass_seconds += time.perf_counter() - self._pass_began
         return self._loss_sum / items
 

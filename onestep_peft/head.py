@@ -50,6 +50,19 @@ def fresh_copies(model: nn.Module) -> list[str]:
     ]
 
 
+def copies_are_as_made(model: nn.Module) -> bool:
+    """Whether every module that an adapter saves whole has its original's bits: nothing has trained it."""
+    for module in model.modules():
+        original: Any = getattr(module, "original_module", None)
+        copies: Any = getattr(module, "modules_to_save", None)
+        if isinstance(original, nn.Module) and isinstance(copies, nn.ModuleDict):
+            for copied in copies.values():
+                pairs = zip(copied.parameters(), original.parameters(), strict=True)
+                if not all(torch.equal(ours, theirs.to(ours)) for ours, theirs in pairs):
+                    return False
+    return True
+
+
 def _roots(module: nn.Module, fresh: set[str], prefix: str = "") -> list[str]:
     """The topmost modules all of whose parameters are fresh."""
     names: list[str] = []

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 
 from onestep_peft.config import OneStepConfig
+from onestep_peft.step import processes
 from onestep_peft.tasks import Task, logits_for
 
 
@@ -52,18 +54,21 @@ def carve(rows: Sequence[Mapping[str, Any]], fraction: float, maximum: int) -> t
 
 
 class HeldOut:
-    """Held-out rows, collated once.
+    """Held-out rows, collated once. Several processes share them out, and all of them know every row's loss.
 
     Args:
-        batches: Batches on the model's device, `labels` among their fields.
-        positions: By batch, the numbers of its rows in content order.
+        batches: This process' batches on the model's device, `labels` among their fields.
+        positions: By batch, the numbers of its rows in content order; less than the batch's rows where it is padded.
+        rows: Number of rows, in all processes.
         task: Gives each row's loss.
     """
 
-    def __init__(self, batches: Iterable[Mapping[str, Tensor]], positions: Sequence[Sequence[int]], task: Task) -> None:
+    def __init__(
+        self, batches: Iterable[Mapping[str, Tensor]], positions: Sequence[Sequence[int]], rows: int, task: Task
+    ) -> None:
         self.batches = list(batches)
-        self.rows = sum(len(batch) for batch in positions)
-        self._positions = [torch.tensor(batch) for batch in positions]
+        self.rows = rows
+        self._positions = [torch.tensor(batch, dtype=torch.long) for batch in positions]
         self._task = task
 
     @torch.no_grad()
@@ -75,14 +80,46 @@ class HeldOut:
         """
         was_training = model.training
         model.eval()
-        losses, items = torch.empty(self.rows), torch.empty(self.rows)
+        device = next(model.parameters()).device
+        losses, items = torch.zeros(self.rows, device=device), torch.zeros(self.rows, device=device)
         for positions, batch in zip(self._positions, self.batches, strict=True):
             inputs = dict(batch)
             labels = inputs.pop("labels")
-            losses[positions] = self._task.row_losses(logits_for(model, inputs), labels).cpu()
-            items[positions] = self._task.row_items(labels).float().cpu()
+            there = positions.to(device)
+            losses[there] = self._task.row_losses(logits_for(model, inputs), labels)[: len(there)]
+            items[there] = self._task.row_items(labels)[: len(there)].float()
         model.train(was_training)
-        return losses / items.mean()
+        processes.sum_over([losses, items])
+        return (losses / items.mean()).cpu()
+
+
+class _Padded(TorchDataset):
+    """Rows, and behind them copies of the last one without labels: they have no loss, and so no say."""
+
+    def __init__(self, rows: Any, length: int) -> None:
+        self._rows, self._length = rows, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if i < len(self._rows):
+            return self._rows[i]
+        row = dict(self._rows[len(self._rows) - 1])
+        row["labels"] = torch.full_like(torch.as_tensor(row["labels"]), -100).tolist()
+        return row
+
+
+def padded(rows: Any, batch_size: int) -> Any:
+    """The rows, filled up so that every process gets equally many full batches of them.
+
+    What accelerate would fill up with are rows once more, which would count twice.
+    """
+    number = processes.number()
+    if number == 1:
+        return rows
+    whole = number * batch_size
+    return _Padded(rows, -(-len(rows) // whole) * whole)
 
 
 def batched_by_length(rows: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[list[int], list[list[int]]]:

@@ -11,13 +11,15 @@ from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from onestep_peft import data, head
-from onestep_peft.methods import lora
+from onestep_peft.methods import Method
+from onestep_peft.step.layers import Layer
 from onestep_peft.tasks import TEXT_CLASSIFICATION, Task, check_problem_type, task_of
+from onestep_peft.wrapping import base_of
 
 # Tokenizers that know no limit say so with a huge number.
 NO_LIMIT = 1_000_000
@@ -57,7 +59,7 @@ def load_base(base: str, labels: Sequence[str], revision: str | None = None) -> 
         raise ValueError(_not_found(base, "model", error)) from error
 
 
-def pinned(base: str, revision: str | None = None) -> str | None:
+def pinned(base: str | None, revision: str | None = None) -> str | None:
     """The commit that a base on the Hub was loaded at, as the cache has it; None for a folder.
 
     transformers 5 does not keep it. Without a pin, an adapter would follow whatever its base becomes.
@@ -242,18 +244,23 @@ def prepare(
 
 @dataclass
 class Adapted:
-    """A model with its adapter.
+    """A model as it is trained.
 
     Args:
+        model: A PeftModel, or the model itself for full weights.
+        method: What of it moves.
         head: Name of the head's last layer where it is fresh, else None.
+        base_revision: The base's commit, or None for a folder.
     """
 
-    model: PeftModel
+    model: nn.Module
+    method: Method
     task: Task
     head: str | None
+    base_revision: str | None
 
 
-def adapt(model: nn.Module, peft_config: Any, pad_token_id: int | None) -> Adapted:
+def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int | None) -> Adapted:
     """Puts the adapter on a plain model, or takes a PeftModel as it is.
 
     Args:
@@ -263,7 +270,8 @@ def adapt(model: nn.Module, peft_config: Any, pad_token_id: int | None) -> Adapt
         ValueError: A task, a head or an adapter that one step does not know.
     """
     task = task_of(model)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
+    classes = getattr(base.config, "num_labels", 0)
     if base.config.pad_token_id is None:
         base.config.pad_token_id = pad_token_id
     if isinstance(model, PeftModel):
@@ -271,15 +279,22 @@ def adapt(model: nn.Module, peft_config: Any, pad_token_id: int | None) -> Adapt
             raise ValueError("The model has an adapter already, so `peft_config` has nothing to say. Leave it out.")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("The model's adapter is frozen. Load it with `is_trainable=True`.")
-        lora.validate(model.peft_config[str(model.active_adapter)])
-        untrained = all(layer.read() is None for layer in lora.layers(model))
-        fresh = head.fresh_copies(base) if untrained else []
-        return Adapted(model, task, head.last_layer(base, fresh, base.config.num_labels))
+        config = model.peft_config[str(model.active_adapter)]
+        method.validate(config)
+        fresh = head.fresh_copies(base) if _is_untrained(model, method) else []
+        return Adapted(model, method, task, head.last_layer(base, fresh, classes), config.revision)
     if peft_config is None:
-        peft_config = LoraConfig(r=8, lora_alpha=8)
+        peft_config = method.default()
     fresh = head.fresh_modules(model)
-    last = head.last_layer(model, fresh, base.config.num_labels)
-    revision = pinned(base.config.name_or_path)
+    last = head.last_layer(model, fresh, classes)
     # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
-    wrapped = lora.wrap(base, copy.deepcopy(peft_config), fresh, revision, task.peft_task_type)
-    return Adapted(wrapped, task, last)
+    config = copy.deepcopy(peft_config)
+    revision = getattr(config, "revision", None) or pinned(base.config.name_or_path)
+    return Adapted(method.wrap(base, config, fresh, revision, task.peft_task_type), method, task, last, revision)
+
+
+def _is_untrained(model: PeftModel, method: Method) -> bool:
+    """Whether an adapter stands as it was made, so that the head beside it may be fresh too."""
+    layers = method.layers(model, None)
+    written = [layer.read() for layer in layers if isinstance(layer, Layer) and layer.read is not None]
+    return all(update is None for update in written) and head.copies_are_as_made(model)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from peft import PeftModel
 
@@ -71,18 +72,22 @@ def save_whole(folder: Path, write: Callable[[Path], StepReport]) -> StepReport:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """The adapter as PEFT saves it, in safetensors, less what must not travel.
+def save_model_files(model: Any, folder: Path) -> None:
+    """An adapter, or a whole model, as PEFT and transformers save it, less what must not travel.
 
-    PEFT writes a local base as the absolute path of this machine; here it is relative to the working directory,
-    where PEFT looks for it. Its README is a form that nobody has filled in.
+    Both write a local base as the absolute path of this machine; here it is relative to the working directory, where
+    PEFT looks for it. PEFT's README is a form that nobody has filled in.
     """
-    model.save_pretrained(str(folder), safe_serialization=True)
+    options = {"safe_serialization": True} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(str(folder), **options)
     (folder / "README.md").unlink(missing_ok=True)
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = portable(config["base_model_name_or_path"] or "", Path.cwd())
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+        file = folder / name
+        if file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if config.get(key):
+                config[key] = portable(config[key], Path.cwd())
+                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def portable(name_or_path: str, start: Path) -> str:

@@ -28,19 +28,21 @@ from transformers.trainer_utils import TrainOutput
 from onestep_peft import head, preparation
 from onestep_peft import metrics as metric_names
 from onestep_peft.callbacks import StepCallback, StepProgress
-from onestep_peft.config import OneStepConfig
+from onestep_peft.config import AUTO, OneStepConfig
 from onestep_peft.gradient import named_rows, not_finite
-from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, select, split_rows
+from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, padded, select, split_rows
 from onestep_peft.hub.sharing import SharingTrainer
-from onestep_peft.methods import lora
+from onestep_peft.methods import check_directions, method_for
 from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
-from onestep_peft.saving import check_folder, check_free, portable, save_adapter, save_whole
+from onestep_peft.saving import check_folder, check_free, portable, save_model_files, save_whole
+from onestep_peft.step import processes
+from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED
+from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSettings
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
 from onestep_peft.tasks import task_of
-
-MAX_DIRECTION_RANK = 8
+from onestep_peft.wrapping import config_of
 
 
 class OneStepTrainer(SharingTrainer):
@@ -58,8 +60,8 @@ class OneStepTrainer(SharingTrainer):
         search_dataset: Rows that choose the step and guard it. None: they are held out of the training rows.
         processing_class: The tokenizer; loaded with the model where that is given by name.
         data_collator: As in Trainer.
-        peft_config: The adapter, a `LoraConfig`; default `LoraConfig(r=8, lora_alpha=8)`. Its `target_modules`
-            default to every linear layer but the head.
+        peft_config: The adapter: a `LoraConfig` (default `LoraConfig(r=8, lora_alpha=8)`; its `target_modules` default
+            to every linear layer but the head), or a `PromptTuningConfig`. With `method="full"` there is none.
         metrics: Names or `evaluate.Metric` objects; default by task.
         compute_metrics: As in Trainer, in place of `metrics`.
         model_init: As in Trainer, in place of `model`.
@@ -105,6 +107,8 @@ class OneStepTrainer(SharingTrainer):
         sets = preparation.Sets(train_dataset, search_dataset, eval_dataset)
         prepared = preparation.prepare(template, processing_class, sets, text_column, label_column)
         self._peft_config = peft_config
+        self._method = method_for(config.method, peft_config, prepared.model)
+        check_directions(self._method, [name for name in config.directions if name != AUTO])
         tokenizer = prepared.processing_class or getattr(data_collator, "tokenizer", None)
         self._pad_token_id = getattr(tokenizer, "pad_token_id", None)
         self.tokenise = prepared.tokenise
@@ -112,7 +116,7 @@ class OneStepTrainer(SharingTrainer):
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         if compute_metrics is None:
             resolved = resolved or metric_names.resolve(task_of(prepared.model).metrics)
-            compute_metrics = metric_names.compute_metrics(resolved, _config_of(prepared.model).num_labels)
+            compute_metrics = metric_names.compute_metrics(resolved, config_of(prepared.model).num_labels)
             config.batch_eval_metrics = True
         self.report = StepReport()
         self._saved_to: set[Path] = set()
@@ -129,8 +133,8 @@ class OneStepTrainer(SharingTrainer):
         )
         self._progress = self._replace_progress_bar()
 
-    def _adapt(self, model: nn.Module) -> PeftModel:
-        self._adapted = preparation.adapt(model, self._peft_config, self._pad_token_id)
+    def _adapt(self, model: nn.Module) -> nn.Module:
+        self._adapted = preparation.adapt(model, self._method, self._peft_config, self._pad_token_id)
         self.task = self._adapted.task
         return self._adapted.model
 
@@ -206,20 +210,21 @@ class OneStepTrainer(SharingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The step behind torch.optim's interface, in place of AdamW."""
         if self.optimizer is None:
-            config = self._config
-            layers = [] if config.directions == ("sgd",) else lora.layers(self._peft_model)
-            rank = config.rank if config.rank is not None else MAX_DIRECTION_RANK
+            config, layers = self._config, self.layers()
+            rank = config.rank if config.rank is not None else self._method.rank
             settings = StepSettings(
-                config.directions, config.fixed_step_size, config.damping, rank, config.guard, config.guard_confidence
+                self.directions, config.fixed_step_size, config.damping, rank, config.guard, config.guard_confidence
             )
+            whitened = not WHITENED.isdisjoint(self.directions)
             self.optimizer = OneStepOptimizer(
                 self._trainable(),
                 settings,
                 layers=layers,
-                statistics=self._stack.enter_context(observed(layers)),
+                statistics=self._stack.enter_context(observed(layers, whitened)),
                 held_out_losses=self._held_out_losses if self.held_rows is not None else None,
                 progress=self._show_point,
             )
+            self._stack.enter_context(self.optimizer.gradients.collected())
         return self.optimizer
 
     @property
@@ -227,11 +232,23 @@ class OneStepTrainer(SharingTrainer):
         return cast(OneStepConfig, self.args)
 
     @property
-    def _peft_model(self) -> PeftModel:
-        return cast(PeftModel, self.accelerator.unwrap_model(cast(nn.Module, self.model)))
+    def directions(self) -> tuple[str, ...]:
+        """The candidates by name."""
+        return self._method.auto if self._config.directions == (AUTO,) else self._config.directions
+
+    def layers(self) -> Sequence[Layer | Prompt]:
+        """What moves, beside the parameters that `sgd` and `sign` move as they are."""
+        if PARAMETER_DIRECTIONS.keys() >= set(self.directions):
+            return []
+        fitted = self._adapted.head if self._fits_head() else None
+        return self._method.layers(self._bare_model, fitted)
+
+    @property
+    def _bare_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(cast(nn.Module, self.model))
 
     def _trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._peft_model.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self._bare_model.parameters() if parameter.requires_grad]
 
     def _show_point(self, direction: str, step_size: float, loss: float) -> None:
         if self._progress is not None:
@@ -239,15 +256,18 @@ class OneStepTrainer(SharingTrainer):
 
     def _held_out_losses(self) -> Tensor:
         assert self._held_out is not None
-        return self._held_out.losses(self._peft_model)
+        return self._held_out.losses(self._bare_model)
 
     def _make_held_out(self) -> HeldOut | None:
         if self.held_rows is None:
             return None
         order, positions = batched_by_length(listed(self.held_rows), self.args.eval_batch_size)
-        batches = self.get_test_dataloader(select(self.held_rows, order))
-        held_out = HeldOut(batches, positions, self.task)
-        bad = (~torch.isfinite(held_out.losses(self._peft_model))).nonzero().flatten().tolist()
+        batches = self.get_test_dataloader(padded(select(self.held_rows, order), self.args.eval_batch_size))
+        # Batches are dealt out in turn; one of padding alone has no positions.
+        own = positions[processes.rank() :: processes.number()]
+        held = list(batches)
+        held_out = HeldOut(held, own + [[]] * (len(held) - len(own)), len(self.held_rows), self.task)
+        bad = (~torch.isfinite(held_out.losses(self._bare_model))).nonzero().flatten().tolist()
         if bad:
             content = by_content(listed(self.held_rows))
             numbers = [self._split.held_numbers[content[i]] for i in bad]
@@ -264,20 +284,24 @@ class OneStepTrainer(SharingTrainer):
 
     def _fit_head(self) -> None:
         assert self._adapted.head is not None
-        layer = head.active(self._peft_model, self._adapted.head)
-        batches = self.get_test_dataloader(cast(Any, self.train_dataset))
-        x, labels = head.features(self._peft_model, layer, self._watched(batches, "head"))
+        layer = head.active(self._bare_model, self._adapted.head)
+        batches = self.get_test_dataloader(padded(self.train_dataset, self.args.eval_batch_size))
+        x, labels = head.features(self._bare_model, layer, self._watched(batches, "head"))
         finite = torch.isfinite(x).all(1)
         if not finite.all():
             self.forget_cursor()
             raise ValueError(not_finite(float("nan"), self.name_rows((~finite).nonzero().flatten().tolist())))
-        held = head.features(self._peft_model, layer, self._held_out.batches) if self._held_out is not None else None
+        held = head.features(self._bare_model, layer, self._held_out.batches) if self._held_out is not None else None
+        x, labels = processes.gathered(x), processes.gathered(labels)
+        if held is not None:
+            held = processes.gathered(held[0]), processes.gathered(held[1])
         head.install(layer, head.fit(x, labels, held_out=held, classes=layer.out_features, bias=layer.bias is not None))
+        processes.broadcast(layer.parameters())
 
     def _refit_head(self, outcome: StepOutcome) -> None:
         """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""
         assert self._adapted.head is not None
-        layer = head.active(self._peft_model, self._adapted.head)
+        layer = head.active(self._bare_model, self._adapted.head)
         before = Snapshot(layer.parameters())
         self._fit_head()
         loss = float(self._held_out_losses().mean())
@@ -298,11 +322,10 @@ class OneStepTrainer(SharingTrainer):
     # The report
 
     def _identify(self) -> None:
-        """What the adapter belongs to; known without a run too."""
-        report, config = self.report, _config_of(self._peft_model)
-        report.task, report.method = self.task.name, lora.name
-        report.base_model = config.name_or_path
-        report.base_revision = self._peft_model.peft_config[str(self._peft_model.active_adapter)].revision
+        """What the result belongs to; known without a run too."""
+        report, config = self.report, config_of(self._bare_model)
+        report.task, report.method = self.task.name, self._method.name
+        report.base_model, report.base_revision = config.name_or_path, self._adapted.base_revision
         report.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
 
     def _fill_report(self, seconds: float) -> None:
@@ -330,7 +353,7 @@ class OneStepTrainer(SharingTrainer):
     # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """An ordinary PEFT adapter with its head, tokenizer, report and picture; the folder is whole or absent.
+        """An ordinary PEFT adapter (or model), its head, tokenizer, report and picture; the folder is whole or absent.
 
         With `push_to_hub=True` the folder is then pushed. Checkpoints that Trainer makes on the way are Trainer's own,
         without the token, and are never pushed.
@@ -362,12 +385,12 @@ class OneStepTrainer(SharingTrainer):
             check_free(folder)
 
     def _write(self, staging: Path, folder: Path) -> StepReport:
-        save_adapter(self._peft_model, staging)
+        save_model_files(self._bare_model, staging)
         tokenizer: Any = self.processing_class
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         self.report.plot(staging / PICTURE)
-        self.write_probe(self._peft_model, staging)
+        self.write_probe(self._bare_model, staging)
         self._identify()
         if not self.report.base_model:
             warnings.warn(
@@ -376,8 +399,3 @@ class OneStepTrainer(SharingTrainer):
                 stacklevel=2,
             )
         return replace(self.report, base_model=portable(self.report.base_model, folder.resolve()))
-
-
-def _config_of(model: nn.Module) -> Any:
-    """The configuration of a model, or of the base under its adapter."""
-    return cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model).config

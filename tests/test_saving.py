@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from onestep_peft import OneStepTrainer, StepReport, load
-from onestep_peft.config import AUTO
+from onestep_peft.methods import lora
 from onestep_peft.saving import check_free, read_whole, save_whole
 from tests.conftest import bits, tiny_bert, toy_rows, trainer_for, word_tokenizer
 
@@ -68,7 +68,7 @@ def test_the_report_has_every_field(world: tuple[Path, OneStepTrainer]) -> None:
     assert data["peak_memory_bytes"] > 2**20
     (step,) = data["steps"]
     assert {"direction", "step_size", "candidates", "loss_before", "loss_after", "accepted", "reason"} <= set(step)
-    assert [one["direction"] for one in step["candidates"]] == list(AUTO)
+    assert [one["direction"] for one in step["candidates"]] == list(lora.auto)
     for one in step["candidates"]:
         assert one["points"][0] == [0.0, step["loss_before"]]
         assert len(one["points"]) > 2

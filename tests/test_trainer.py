@@ -15,8 +15,8 @@ from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from onestep_peft import OneStepTrainer
-from onestep_peft.config import AUTO
 from onestep_peft.held_out import carve, split_rows
+from onestep_peft.methods import lora
 from tests.conftest import (
     assert_same_bits,
     bits,
@@ -350,7 +350,7 @@ def test_plain_training_arguments_are_taken(tmp_path: Path) -> None:
     )
     trainer.train()
     assert trainer.state.global_step == 1
-    assert {one["direction"] for one in trainer.report.steps[0]["candidates"]} == set(AUTO)
+    assert {one["direction"] for one in trainer.report.steps[0]["candidates"]} == set(lora.auto)
 
 
 # Several steps

@@ -8,17 +8,18 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from onestep_peft.preparation import load_base, load_tokenizer
 from onestep_peft.report import StepReport
 from onestep_peft.saving import read_whole
+from onestep_peft.wrapping import config_of
 
 
 def load(
     folder_or_repo: str | os.PathLike[str], revision: str | None = None, *, base_model: str | None = None
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+) -> tuple[PeftModel | PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with its head and labels, in evaluation mode, and its tokenizer; ready for `transformers.pipeline`.
 
     Args:
@@ -31,28 +32,40 @@ def load(
     """
     folder = _fetch(folder_or_repo, revision)
     report = read_whole(folder)
+    # A base comes without a head, and says so at length; the adapter brings it.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, base = _whole_model(folder, report) if report.method == "full" else _adapted(folder, report, base_model)
+    finally:
+        logging.set_verbosity(verbosity)
+    # Rows that came as tokens leave no tokenizer behind.
+    tokenizer = load_tokenizer(str(folder if (folder / "tokenizer_config.json").is_file() else base))
+    if config_of(model).pad_token_id is None:
+        config_of(model).pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def _whole_model(folder: Path, report: StepReport) -> tuple[PreTrainedModel, str]:
+    """A model whose own weights were moved, and where its base was."""
+    return load_base(str(folder), report.labels), _base(report, folder)
+
+
+def _adapted(folder: Path, report: StepReport, base_model: str | None) -> tuple[PeftModel, str]:
+    """The base with the adapter on it, and where the base is."""
     base = base_model or _base(report, folder)
     if not base:
         raise ValueError(
             f"{str(folder)!r} does not say what its base is: it was built from a configuration. Save the base in a "
             "folder and name it: `load(..., base_model=...)`."
         )
-    # The base comes without a head, and says so at length; the adapter brings it.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
         model = load_base(base, report.labels, report.base_revision if base_model is None else None)
     except ValueError as error:
         raise ValueError(
             f"{error} If the base has moved, name it: `base_model=` (`--base-model` in the shell)."
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    # Rows that came as tokens leave no tokenizer behind.
-    tokenizer = load_tokenizer(str(folder if (folder / "tokenizer_config.json").is_file() else base))
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
+    return PeftModel.from_pretrained(model, str(folder)), base
 
 
 def _fetch(folder_or_repo: str | os.PathLike[str], revision: str | None) -> Path:

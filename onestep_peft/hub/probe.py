@@ -94,7 +94,7 @@ def compare(folder: Path) -> dict[str, float]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     expected = tensors.pop(LOGITS)
     if made_on == "cuda" and torch.cuda.is_available():
-        model.cuda()
+        model.to(torch.device("cuda"))  # type: ignore[arg-type]
     device = next(model.parameters()).device
     found = _logits(model, {name: value.to(device) for name, value in tensors.items()})
     difference = float("inf")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import HfApi
-from peft import PeftModel
+from torch import nn
 
 from onestep_peft.held_out import select
 from onestep_peft.hub import probe
@@ -16,6 +16,7 @@ from onestep_peft.hub.push import PushResult, full_name, push
 from onestep_peft.hub.remote import Journal
 from onestep_peft.hub.staging import is_repo_id
 from onestep_peft.scoring import ScoringTrainer
+from onestep_peft.wrapping import config_of
 
 PROBE_ROWS = 4
 
@@ -84,7 +85,7 @@ class SharingTrainer(ScoringTrainer):
         Raises:
             ValueError: The base is a folder here, or there is no token.
         """
-        base = cast(Any, self.model).get_base_model().config.name_or_path
+        base = config_of(cast(Any, self.model)).name_or_path
         if os.path.isdir(base) or not is_repo_id(base):
             raise ValueError(
                 f"`push_to_hub=True`, but the base {base!r} is no model on the Hub, so nobody else could load the "
@@ -98,10 +99,10 @@ class SharingTrainer(ScoringTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints are not pushed: they hold pickles, and no branch should hold half of a run."""
 
-    def write_probe(self, model: PeftModel, folder: Path) -> None:
+    def write_probe(self, model: nn.Module, folder: Path) -> None:
         """Records what the model answers, for whoever loads the folder; see `probe.record`."""
         rows: Any = self.train_dataset
         batch: Mapping[str, Any] = next(iter(self.get_test_dataloader(select(rows, range(min(PROBE_ROWS, len(rows)))))))
         if "input_ids" in batch:
-            special = probe.special_ids(model.get_base_model().config, self.processing_class)
+            special = probe.special_ids(config_of(model), self.processing_class)
             probe.record(model, batch, special, folder / probe.FILE)

@@ -7,16 +7,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from onestep_peft.errors import nearest
+from onestep_peft.methods.linear import linear_names
 from onestep_peft.step.layers import Layer, LowRank
 
 name = "lora"
+directions = ("sgd", "sign", "muon", "lora_one", "kfac", "kfac_muon", "kfac_schatten")
+auto = ("kfac_schatten", "kfac_muon", "kfac")
+rank: int | None = 8
 
 # Inits that leave the base weights alone and need no data. The others change the base, so that the adapter would
 # not load onto the original one.
@@ -40,13 +43,13 @@ VARIANTS = (
 )
 
 
-def validate(config: PeftConfig) -> None:
+def default() -> LoraConfig:
+    """Rank 8, and a scaling of 1: the search sets the scale."""
+    return LoraConfig(r=8, lora_alpha=8)
+
+
+def validate(config: LoraConfig) -> None:
     """Refuses adapter configurations whose update one step cannot write without touching the base."""
-    if not isinstance(config, LoraConfig):
-        raise ValueError(
-            f"`peft_config` is a {type(config).__name__}, and one step can write a LoraConfig only. Pass "
-            "`peft_config=LoraConfig(r=8)`."
-        )
     for option in VARIANTS:
         if getattr(config, option, None):
             raise ValueError(
@@ -74,22 +77,6 @@ def validate(config: PeftConfig) -> None:
             raise ValueError(
                 f"`{option}=0` scales the adapter by zero, so no step could have an effect. Try {config.r}."
             )
-
-
-def linear_names(model: PreTrainedModel, excluded: Sequence[str]) -> list[str]:
-    """Full names of the linear layers (`nn.Linear`, `Conv1D`), less the head's and the output embedding."""
-    output = model.get_output_embeddings()
-    return [
-        module_name
-        for module_name, module in model.named_modules()
-        if (isinstance(module, nn.Linear | Conv1D) or _is_quantised(module))
-        and module is not output
-        and not any(module_name == head or module_name.startswith(f"{head}.") for head in excluded)
-    ]
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
 def wrap(
@@ -133,7 +120,7 @@ def wrap(
     return wrapped
 
 
-def layers(model: PeftModel) -> list[Layer]:
+def layers(model: PeftModel, left_out: str | None = None) -> list[Layer]:
     """The adapted linear layers, as the step sees them.
 
     Raises:

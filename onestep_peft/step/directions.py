@@ -5,6 +5,7 @@ Every rule returns D with ⟨G, D⟩ ≥ 0; the update is ΔW = −η D.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from onestep_peft.step.statistics import LayerStatistics
 SINGULAR_CUTOFF = 1e-2
 # What float64 resolves of singular values through a Gram matrix.
 RESOLUTION = 1e-8
+ADAM_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -30,33 +32,60 @@ class WhitenedGradient:
     directions: L = S^½ Q with Q orthogonal, and Q cancels on the way back. So no eigendecomposition is needed.
 
     Args:
-        output_root: L_S, `(d_out, d_out)`, lower triangular.
-        input_root: L_A, `(d_in, d_in)`, lower triangular.
-        u: `(d_out, k)`.
-        sigma: `(k,)`, falling.
-        vt: `(k, d_in)`.
+        output_root: L_S, `(d_out, d_out)`, lower triangular; `(d_out,)` for a diagonal; None for the identity.
+        input_root: L_A, `(d_in, d_in)`, lower triangular; `(d_in,)` for a diagonal; None for the identity.
+        white: L_S⁻¹ G L_A⁻ᵀ, `(d_out, d_in)`, float64.
     """
 
-    output_root: Tensor
-    input_root: Tensor
-    u: Tensor
-    sigma: Tensor
-    vt: Tensor
+    output_root: Tensor | None
+    input_root: Tensor | None
+    white: Tensor
+
+    @functools.cached_property
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U `(d_out, k)`, σ `(k,)`, falling, and Vᵀ `(k, d_in)`."""
+        return _leading_svd(self.white)
+
+    @property
+    def sigma(self) -> Tensor:
+        return self.svd[1]
 
     def back(self, sigma: Tensor, rank: int | None) -> LowRank:
         """L_S⁻ᵀ U diag(sigma) Vᵀ L_A⁻¹, cut to the first `rank` singular pairs, in fp32."""
-        left = torch.linalg.solve_triangular(self.output_root.T, self.u[:, :rank] * sigma[:rank], upper=True)
-        right = torch.linalg.solve_triangular(self.input_root, self.vt[:rank], upper=False, left=False)
+        u, _, vt = self.svd
+        left = _solve_transposed(self.output_root, u[:, :rank] * sigma[:rank])
+        right = _solve_transposed(self.input_root, vt[:rank].T).T
         return LowRank(left.float(), right.float())
+
+    def whole(self) -> Tensor:
+        """L_S⁻ᵀ L_S⁻¹ G L_A⁻ᵀ L_A⁻¹, `(d_out, d_in)`, in fp32."""
+        return _solve_transposed(self.input_root, _solve_transposed(self.output_root, self.white).T).T.float()
+
+
+def _solve(root: Tensor | None, right: Tensor) -> Tensor:
+    """L⁻¹ right."""
+    if root is None:
+        return right
+    return right / root[:, None] if root.dim() == 1 else torch.linalg.solve_triangular(root, right, upper=False)
+
+
+def _solve_transposed(root: Tensor | None, right: Tensor) -> Tensor:
+    """L⁻ᵀ right."""
+    if root is None or root.dim() == 1:
+        return _solve(root, right)
+    return torch.linalg.solve_triangular(root.T, right, upper=True)
 
 
 def damped_root(covariance: Tensor, damping: float) -> Tensor:
     """Cholesky factor of `covariance + damping · (its mean eigenvalue) · I`, in float64, `(d, d)`.
 
-    Where rounding leaves the matrix indefinite the damping is raised tenfold, at most six times.
+    Where rounding leaves the matrix indefinite the damping is raised tenfold, at most six times. A diagonal, `(d,)`,
+    has the root of its entries.
     """
     matrix = covariance.double()
     d = matrix.shape[0]
+    if matrix.dim() == 1:
+        return (matrix + damping * matrix.mean()).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     mean_eigenvalue = matrix.trace() / d
     identity = torch.eye(d, dtype=matrix.dtype, device=matrix.device)
     for _ in range(6):
@@ -91,19 +120,41 @@ def whiten(statistics: LayerStatistics, damping: float) -> WhitenedGradient:
     """Whitens a layer's gradient, each covariance damped by `damping` times its mean eigenvalue."""
     output_root = damped_root(statistics.output_grad_covariance, damping)
     input_root = damped_root(statistics.input_covariance, damping)
-    half = torch.linalg.solve_triangular(output_root, statistics.gradient.double(), upper=False)
-    white = torch.linalg.solve_triangular(input_root, half.T, upper=False).T  # (d_out, d_in)
-    return WhitenedGradient(output_root, input_root, *_leading_svd(white))
+    half = _solve(output_root, statistics.gradient.double())
+    return WhitenedGradient(output_root, input_root, _solve(input_root, half.T).T)
 
 
-def kfac(white: WhitenedGradient, rank: int | None) -> LowRank:
+def as_it_is(statistics: LayerStatistics) -> WhitenedGradient:
+    """A layer's gradient in its own coordinates, for rules that need no covariances."""
+    return WhitenedGradient(None, None, statistics.gradient.double())
+
+
+def kfac(white: WhitenedGradient, rank: int | None) -> LowRank | Tensor:
     """The natural gradient under K-FAC's approximation, (S+λI)⁻¹ G (A+λI)⁻¹.
 
     At a lower rank it is the nearest such matrix in K-FAC's own metric: the leading singular values are kept, less
     those in the rounding, which taking the whitening back would blow up. At full rank it is exact.
     Source: Martens & Grosse, ICML 2015.
     """
-    return white.back(white.sigma if rank is None else white.sigma * _signal(white.sigma), rank)
+    return white.whole() if rank is None else white.back(white.sigma * _signal(white.sigma), rank)
+
+
+def lora_one(gradient: WhitenedGradient, rank: int | None) -> LowRank | Tensor:
+    """The gradient, or the nearest matrix of this rank to it.
+
+    Source: Zhang, Liu & Chen, "LoRA-One: One-step full gradient could suffice for fine-tuning large language models,
+    provably and efficiently", ICML 2025.
+    """
+    return kfac(gradient, rank)  # K-FAC's rule where both covariances are the identity
+
+
+def muon(gradient: WhitenedGradient, rank: int | None) -> LowRank:
+    """The polar factor U Vᵀ of the gradient, cut to this rank, scaled to a root mean square of 1.
+
+    From singular vectors, where Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, take
+    a few Newton-Schulz iterations: for one step, what is exact is cheap enough.
+    """
+    return kfac_muon(gradient, rank)
 
 
 def kfac_schatten(white: WhitenedGradient, rank: int | None) -> LowRank:
@@ -135,9 +186,32 @@ def _unit_rms(direction: LowRank) -> LowRank:
     return direction.scaled(math.sqrt(entries) / direction.norm())
 
 
-#: Rules that need the covariances of a layer, by name. `sgd` needs none: it moves the parameters themselves.
-DIRECTIONS: dict[str, Callable[[WhitenedGradient, int | None], LowRank]] = {
+#: Rules for layers, by name.
+DIRECTIONS: dict[str, Callable[[WhitenedGradient, int | None], LowRank | Tensor]] = {
     "kfac": kfac,
     "kfac_muon": kfac_muon,
     "kfac_schatten": kfac_schatten,
+    "muon": muon,
+    "lora_one": lora_one,
 }
+#: Those that need a layer's covariances.
+WHITENED = frozenset({"kfac", "kfac_muon", "kfac_schatten"})
+
+
+def sgd(gradient: Tensor) -> Tensor:
+    """The gradient."""
+    return gradient
+
+
+def sign(gradient: Tensor) -> Tensor:
+    """The first step of Adam: g / (|g| + ε), the sign of all that is not tiny.
+
+    Source: Kingma & Ba, "Adam: A method for stochastic optimization", ICLR 2015, with torch's ε = 1e-8.
+    """
+    return gradient / (gradient.abs() + ADAM_EPSILON)
+
+
+#: Rules for trainable parameters as they are, whatever layer they belong to, by name.
+PARAMETER_DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sgd": sgd, "sign": sign}
+#: The rule for a prompt; see `step.natural`.
+NATURAL = "natural"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+#: How a covariance is kept: whole, its diagonal, only its trace, or not at all since the variable is always 1.
+Factor = Literal["dense", "diagonal", "trace", "one"]
 
 
 @dataclass(frozen=True)
@@ -59,22 +63,55 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer y = W x that an update can be written to.
+    """A layer y = W x that a direction moves.
+
+    A linear layer takes dense factors. An embedding is a linear layer whose inputs are unit vectors, so their
+    covariance is a diagonal of frequencies. A bias is a layer whose only input is 1; so is the gain of a
+    normalisation, whose inputs have been brought to a mean square of 1.
+
+    An update is written either as a product (`read` and `write`, for LoRA) or into the weight itself (`parameter`).
 
     Args:
         name: Its name in the model.
         module: The module whose input is x and whose output is y.
         shape: `(d_out, d_in)` of W.
         weight_norm: Frobenius norm of W as it stands: it sets the scale at which a step is tried first.
-        rank: The largest rank of an update that can be written.
+        rank: The largest rank of an update that can be written; None where any can.
         read: Returns what has been written so far as a product, or None where nothing has.
         write: Makes the layer's whole update this product; returns the share of its energy that did not fit.
+        input_factor: How E[x xᵀ] is kept.
+        output_factor: How E[δ δᵀ] is kept.
+        parameter: Returns the parameter that holds W. Asked for anew each time: sharding swaps parameters.
+        as_matrix: The view of such a parameter (or of its gradient) that is W, `(d_out, d_in)`.
+        shared_with: Further modules that apply the same W, and are observed with this one.
     """
 
     name: str
     module: nn.Module
     shape: tuple[int, int]
     weight_norm: float
-    rank: int
-    read: Callable[[], LowRank | None]
-    write: Callable[[LowRank], float]
+    rank: int | None
+    read: Callable[[], LowRank | None] | None = None
+    write: Callable[[LowRank], float] | None = None
+    input_factor: Factor = "dense"
+    output_factor: Factor = "dense"
+    parameter: Callable[[], Tensor] | None = None
+    as_matrix: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
+    shared_with: Sequence[nn.Module] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Virtual tokens before every row's own, `(n, d)`, all of them one vector to the step.
+
+    Args:
+        name: Its name in the model.
+        module: The module that takes `inputs_embeds`, the virtual tokens first.
+        shape: `(n, d)`.
+        parameter: Returns the parameter, `(n, d)`.
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, int]
+    parameter: Callable[[], Tensor]

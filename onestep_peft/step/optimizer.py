@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from onestep_peft.step.directions import DIRECTIONS, whiten
+from onestep_peft.step import processes
+from onestep_peft.step.candidates import Candidate, Evidence, build_candidates
 from onestep_peft.step.guard import cross_fitted, judge
-from onestep_peft.step.layers import Layer, LowRank
+from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import SearchResult, search_step_size
+from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.snapshot import Snapshot
-from onestep_peft.step.statistics import LayerStatistics
+from onestep_peft.step.statistics import Statistics
 
-# The first step size tried moves the weights by this share of their norm.
-RELATIVE_START = 0.03
 # Rows are dealt into so many folds for the guard: each fold judges what the others chose.
 FOLDS = 4
 
@@ -31,7 +29,7 @@ class StepSettings:
     """What the user fixed about the step.
 
     Args:
-        directions: Names of the candidates, from `DIRECTIONS` or "sgd".
+        directions: Names of the candidates; see `step.directions`.
         step_size: A fixed η, or None for a search.
         damping: λ, in units of a covariance's mean eigenvalue, ≥ 0.
         rank: The most that an update's rank may be; None leaves it to each layer.
@@ -76,78 +74,6 @@ class _Clock:
         self._last = now
 
 
-class Candidate(Protocol):
-    """A ray in parameter space."""
-
-    name: str
-    start: float
-
-    def apply(self, step_size: float) -> float:
-        """Puts the model at this step size; returns the share of the update's energy that could not be written."""
-        ...
-
-
-class ParameterCandidate:
-    """θ ← θ − η ∇L on the trainable parameters as they are."""
-
-    name = "sgd"
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._moves = [(p, p.detach().clone(), p.grad.detach().clone()) for p in parameters if p.grad is not None]
-        weights = math.sqrt(sum(float(start.float().square().sum()) for _, start, _ in self._moves))
-        slope = math.sqrt(sum(float(gradient.float().square().sum()) for _, _, gradient in self._moves))
-        self.start = RELATIVE_START * weights / slope if slope > 0 else RELATIVE_START
-
-    @torch.no_grad()
-    def apply(self, step_size: float) -> float:
-        for parameter, start, gradient in self._moves:
-            # In fp32, and rounded once: a bf16 weight would drop a small update.
-            parameter.copy_(start.float() - step_size * gradient.float())
-        return 0.0
-
-
-class LayerCandidate:
-    """W ← W + W_so_far − η D for every layer that has a direction."""
-
-    def __init__(self, name: str, moves: Sequence[tuple[Layer, LowRank]]) -> None:
-        self.name = name
-        self._moves = [(layer, direction, layer.read()) for layer, direction in moves]
-        weights = math.sqrt(sum(layer.weight_norm**2 for layer, _ in moves))
-        length = math.sqrt(sum(direction.norm() ** 2 for _, direction in moves))
-        self.start = RELATIVE_START * weights / length if length > 0 else RELATIVE_START
-
-    @torch.no_grad()
-    def apply(self, step_size: float) -> float:
-        lost = 0.0
-        for layer, direction, so_far in self._moves:
-            update = direction.scaled(-step_size)
-            lost = max(lost, layer.write(update if so_far is None else so_far.plus(update)))
-        return lost
-
-
-def build_candidates(
-    layers: Sequence[Layer],
-    statistics: Mapping[str, LayerStatistics],
-    parameters: Sequence[Tensor],
-    settings: StepSettings,
-) -> list[Candidate]:
-    """All candidates from one pass. A layer is whitened once, whatever the number of rules that use it."""
-    names = [name for name in settings.directions if name != "sgd"]
-    moves: dict[str, list[tuple[Layer, LowRank]]] = {name: [] for name in names}
-    for layer in layers if names else ():
-        record = statistics[layer.name]
-        if record.is_noise():
-            continue
-        white = whiten(record, settings.damping)
-        rank = layer.rank if settings.rank is None else min(settings.rank, layer.rank)
-        for name in names:
-            moves[name].append((layer, DIRECTIONS[name](white, rank)))
-    by_name: dict[str, Candidate] = {name: LayerCandidate(name, moves[name]) for name in names if moves[name]}
-    if "sgd" in settings.directions:
-        by_name["sgd"] = ParameterCandidate(parameters)
-    return [by_name[name] for name in settings.directions if name in by_name]
-
-
 class OneStepOptimizer(torch.optim.Optimizer):
     """Moves once, along the best of its candidates, as far as the held-out rows say.
 
@@ -159,7 +85,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
     Args:
         parameters: The trainable parameters.
         settings: What the user fixed.
-        layers: Layers that a direction other than `sgd` moves.
+        layers: What a direction moves that is not one for parameters as they are.
         statistics: By layer name; filled by `step.statistics.observed` during the pass.
         held_out_losses: Losses of the held-out rows at the model as it stands, `(rows,)`; None without such rows,
             and then the step size must be fixed and nothing guards it.
@@ -171,8 +97,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
         parameters: Iterable[Tensor],
         settings: StepSettings,
         *,
-        layers: Sequence[Layer] = (),
-        statistics: Mapping[str, LayerStatistics] | None = None,
+        layers: Sequence[Layer | Prompt] = (),
+        statistics: Mapping[str, Statistics] | None = None,
         held_out_losses: Callable[[], Tensor] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -183,6 +109,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self.outcomes: list[StepOutcome] = []
         self._losses = held_out_losses
         self._progress = progress
+        self.gradients = ParameterGradients(self._parameters)
         self._items = 0.0
 
     @property
@@ -192,6 +119,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
     def begin_pass(self) -> None:
         """Empties the sums: a pass that was cut short leaves nothing behind."""
         self._items = 0.0
+        self.gradients.reset()
         for record in self.statistics.values():
             record.reset()
 
@@ -201,34 +129,46 @@ class OneStepOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def finish_pass(self) -> float:
-        """Turns sums into means over all items of the pass; returns the number of items.
+        """Adds up what the processes have summed and turns it into means over all items; returns their number.
 
         Raises:
             ValueError: The pass met no labelled item, or a gradient is not finite.
         """
-        items = self._items
+        items = self._all_items()
         if items == 0:
             raise ValueError("The pass met no labelled item, so there is no gradient. Check the label column.")
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad /= items
-        for name, record in self.statistics.items():
+        processes.sum_over(total for _, total in self.gradients.all())
+        self.gradients.divide(items)
+        for layer in self.layers:
+            record = self.statistics[layer.name]
+            record.reduce()
             record.finish(items)
+            if isinstance(layer, Layer) and layer.parameter is not None:
+                total = self.gradients.of(layer.parameter())
+                record.gradient = layer.as_matrix(total) if total is not None else torch.zeros(())
             if not torch.isfinite(record.gradient).all():
-                raise ValueError(f"The gradient of {name} is not finite, though the loss is. Try `bf16=False`.")
+                raise ValueError(f"The gradient of {layer.name} is not finite, though the loss is. Try `bf16=False`.")
         return items
+
+    def _all_items(self) -> float:
+        device = self._parameters[0].device if self._parameters else None
+        items = torch.tensor([self._items], device=device)
+        processes.sum_over([items])
+        return float(items)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Builds the candidates, searches, moves, guards; the outcome is appended to `outcomes`."""
         loss = closure() if closure is not None else None
         clock = _Clock()
-        candidates = build_candidates(self.layers, self.statistics, self._parameters, self.settings)
+        before = Snapshot(self._parameters)
+        evidence = Evidence(self.layers, self.statistics, self.gradients, before)
+        settings = self.settings
+        candidates = build_candidates(evidence, settings.directions, damping=settings.damping, rank=settings.rank)
         clock.lap("directions")
         if not candidates:
             self.outcomes.append(self._nothing_to_move())
             return loss
-        before = Snapshot(self._parameters)
         kept = False
         try:
             outcome = self._decide(candidates, clock)
@@ -236,6 +176,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         finally:  # an error or an interruption in the search leaves the model as it was
             if not kept:
                 before.restore()
+        processes.broadcast(self._parameters)
         clock.lap("guard")
         outcome.seconds = clock.seconds
         self.outcomes.append(outcome)

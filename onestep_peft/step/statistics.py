@@ -4,17 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from onestep_peft.step.layers import Layer
+from onestep_peft.step import processes
+from onestep_peft.step.layers import Factor, Layer, Prompt
+from onestep_peft.step.natural import RowGradients
 
 # Below this share of the bound that Cauchy and Schwarz set, a gradient is rounding noise and has no direction.
 NOISE_FLOOR = 1e-6
 # Below this share of the largest δ in its row, a token's δ is rounding noise.
 DEAD_SHARE = 1e-6
+
+
+class Statistics(Protocol):
+    """What a pass sums up for one layer."""
+
+    gradient: Tensor
+
+    def sums(self) -> dict[str, Tensor]: ...
+
+    def load(self, sums: Mapping[str, Tensor]) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def add(self, x: Tensor, delta: Tensor) -> None: ...
+
+    def reduce(self) -> None: ...
+
+    def finish(self, items: float) -> None: ...
+
+    def is_noise(self) -> bool: ...
 
 
 class LayerStatistics:
@@ -26,50 +48,113 @@ class LayerStatistics:
     - `input_covariance`, A = mean of x xᵀ over the tokens whose δ is not zero, `(d_in, d_in)`;
     - `output_grad_covariance`, S = (1/N) Σ δ δᵀ, summed over tokens, divided by rows, `(d_out, d_out)`.
 
+    Where only a diagonal or a trace is kept they have the shapes `(d,)` and `()`.
+
     N is the number of items (rows, or labelled tokens) whose losses were added up. Padding has δ = 0 and so
     drops out by itself. With δ from the data's own labels S is the empirical Fisher's factor (Martens & Grosse,
     "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015).
+
+    Args:
+        shape: `(d_out, d_in)`.
+        input_factor: How A is kept. "diagonal" is for embeddings: their x is a token's number.
+        output_factor: How S is kept.
+        sums_gradient: Whether G is summed here, or is the gradient of a parameter that autograd sums.
     """
 
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        input_factor: Factor = "dense",
+        output_factor: Factor = "dense",
+        *,
+        sums_gradient: bool = True,
+    ) -> None:
         d_out, d_in = shape
-        self.gradient = torch.zeros(d_out, d_in, device=device)
-        self.input_covariance = torch.zeros(d_in, d_in, device=device)
-        self.output_grad_covariance = torch.zeros(d_out, d_out, device=device)
+        self._input_factor, self._output_factor = input_factor, output_factor
+        self._sums_gradient = sums_gradient
+        self.gradient = torch.zeros((d_out, d_in) if sums_gradient else (), device=device)
+        self.input_covariance = torch.zeros(_shape(input_factor, d_in), device=device)
+        self.output_grad_covariance = torch.zeros(_shape(output_factor, d_out), device=device)
         self.tokens = torch.zeros((), device=device)
         self._tokens_per_item = 0.0
 
+    def sums(self) -> dict[str, Tensor]:
+        """The sums that a pass has made so far, by name."""
+        sums = {
+            "input_covariance": self.input_covariance,
+            "output_grad_covariance": self.output_grad_covariance,
+            "tokens": self.tokens,
+        }
+        return {"gradient": self.gradient, **sums} if self._sums_gradient else sums
+
+    def load(self, sums: Mapping[str, Tensor]) -> None:
+        """Takes over what `sums` returned."""
+        for name, total in self.sums().items():
+            total.copy_(sums[name])
+
     def reset(self) -> None:
         """Empties the sums for the next pass."""
-        for total in (self.gradient, self.input_covariance, self.output_grad_covariance, self.tokens):
+        for total in self.sums().values():
             total.zero_()
 
     @torch.no_grad()
     def add(self, x: Tensor, delta: Tensor) -> None:
-        """Adds one call of the layer: x `(..., d_in)` and δ `(..., d_out)`."""
+        """Adds one call of the layer: x `(..., d_in)` (token numbers `(...)` for an embedding) and δ `(..., d_out)`."""
         live = _live(delta)
-        x = x.detach().reshape(-1, x.shape[-1]).float()  # (tokens, d_in)
         delta = delta.reshape(-1, delta.shape[-1]).float()  # (tokens, d_out)
-        if x.device.type == "cpu":
-            x, delta = x[live], delta[live]
-        else:  # indexing would wait for the device
-            x = x * live[:, None]
-        self.gradient.addmm_(delta.T, x)
-        self.input_covariance.addmm_(x.T, x)
-        self.output_grad_covariance.addmm_(delta.T, delta)
+        if self._input_factor == "diagonal":
+            self.input_covariance.index_add_(0, x.reshape(-1), live.float())
+        elif self._input_factor != "one":
+            x = x.detach().reshape(-1, x.shape[-1]).float()  # (tokens, d_in)
+            if x.device.type == "cpu":
+                x, delta = x[live], delta[live]
+            else:  # indexing would wait for the device
+                x = x * live[:, None]
+            if self._sums_gradient:
+                self.gradient.addmm_(delta.T, x)
+            _add_products(self.input_covariance, x)
+        _add_products(self.output_grad_covariance, delta)
         self.tokens += live.sum()
+
+    def reduce(self) -> None:
+        """Adds up the sums of all processes."""
+        processes.sum_over(self.sums().values())
 
     def finish(self, items: float) -> None:
         """Turns the sums into means over `items` rows (or labelled tokens)."""
-        self.gradient /= items
+        if self._sums_gradient:
+            self.gradient /= items
         self.output_grad_covariance /= items
-        self.input_covariance /= self.tokens.clamp_min(1)
+        if self._input_factor == "one":
+            self.input_covariance.fill_(1.0)
+        else:
+            self.input_covariance /= self.tokens.clamp_min(1)
         self._tokens_per_item = float(self.tokens) / items
 
     def is_noise(self) -> bool:
         """Whether the gradient is so far below what x and δ allow that only rounding is left in it."""
-        bound = (self.input_covariance.trace() * self._tokens_per_item * self.output_grad_covariance.trace()).sqrt()
+        if float(self.tokens) == 0:  # its module was never called, so there is nothing to whiten by
+            return True
+        traces = _trace(self.input_covariance) * _trace(self.output_grad_covariance)
+        bound = (traces * self._tokens_per_item).sqrt()
         return not bool(self.gradient.norm() > NOISE_FLOOR * bound)
+
+
+def _shape(factor: Factor, d: int) -> tuple[int, ...]:
+    return {"dense": (d, d), "diagonal": (d,), "trace": (), "one": (1, 1)}[factor]
+
+
+def _add_products(total: Tensor, vectors: Tensor) -> None:
+    """Adds Σ v vᵀ, its diagonal or its trace, over vectors `(tokens, d)`."""
+    if total.dim() == 2:
+        total.addmm_(vectors.T, vectors)
+    else:
+        total += vectors.square().sum(0) if total.dim() == 1 else vectors.square().sum()
+
+
+def _trace(covariance: Tensor) -> Tensor:
+    return covariance.trace() if covariance.dim() == 2 else covariance.sum()
 
 
 def _live(delta: Tensor) -> Tensor:
@@ -91,7 +176,7 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, statistics: LayerStatistics) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
         ctx.save_for_backward(x)
         ctx.statistics = statistics
         return y.view_as(y)
@@ -108,20 +193,45 @@ def _device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def statistics_of(layer: Layer | Prompt, covariances: bool = True) -> Statistics:
+    """Empty statistics for a layer.
+
+    Args:
+        covariances: Whether a direction needs them. Their traces are kept in any case, to tell noise.
+    """
+    device = _device_of(layer.module)
+    if isinstance(layer, Prompt):
+        return RowGradients(layer.shape, device)
+    factors = [
+        factor if covariances or factor == "one" else "trace" for factor in (layer.input_factor, layer.output_factor)
+    ]
+    if layer.input_factor == "diagonal" and not covariances:
+        factors[0] = "diagonal"  # counts are cheap, and the trace of unit vectors says nothing
+    return LayerStatistics(layer.shape, device, *factors, sums_gradient=layer.parameter is None)
+
+
 @contextmanager
-def observed(layers: Sequence[Layer]) -> Iterator[Mapping[str, LayerStatistics]]:
+def observed(layers: Sequence[Layer | Prompt], covariances: bool = True) -> Iterator[Mapping[str, Statistics]]:
     """While open, every backward through one of the layers adds to its statistics (by layer name)."""
-    statistics = {layer.name: LayerStatistics(layer.shape, _device_of(layer.module)) for layer in layers}
-
-    def tap(record: LayerStatistics) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return _Tap.apply(output, args[0].detach(), record) if output.requires_grad else None
-
-        return hook
-
-    handles = [layer.module.register_forward_hook(tap(statistics[layer.name])) for layer in layers]
+    statistics = {layer.name: statistics_of(layer, covariances) for layer in layers}
+    handles = [handle for layer in layers for handle in _tapped(layer, statistics[layer.name])]
     try:
         yield statistics
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tapped(layer: Layer | Prompt, record: Statistics) -> list[Any]:
+    def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return _Tap.apply(output, args[0].detach(), record) if output.requires_grad else None
+
+    def before(_module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        embedded = inputs["inputs_embeds"]
+        if not embedded.requires_grad:
+            return None
+        return args, {**inputs, "inputs_embeds": _Tap.apply(embedded, embedded.detach(), record)}
+
+    if isinstance(layer, Prompt):
+        return [layer.module.register_forward_pre_hook(before, with_kwargs=True)]
+    return [module.register_forward_hook(after) for module in (layer.module, *layer.shared_with)]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig
+from peft import LoraConfig, PeftModel, PrefixTuningConfig
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from onestep_peft.methods import lora
+from onestep_peft.step.candidates import Candidate, ProductRay
 from onestep_peft.step.layers import LowRank
-from onestep_peft.step.optimizer import LayerCandidate
 from tests.conftest import (
     assert_same_bits,
     bits,
@@ -49,7 +49,7 @@ def test_scaling_b_a_is_the_direction_times_the_step_size(options: dict[str, Any
         directions[layer.name] = LowRank(
             torch.randn(d_out, rank, generator=draw), torch.randn(rank, d_in, generator=draw)
         )
-    candidate = LayerCandidate("kfac", [(layer, directions[layer.name]) for layer in layers])
+    candidate = Candidate("kfac", [ProductRay(layer, directions[layer.name]) for layer in layers])
     for step_size in (0.3, 1e-6, 0.07):  # a search writes many times
         assert candidate.apply(step_size) < 1e-9
         for name, update in updates(model).items():
@@ -184,8 +184,8 @@ def test_an_embedding_as_a_target_is_refused_before_any_parameter_moves(tmp_path
 
 
 def test_another_adapter_type_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"PromptTuningConfig.*`peft_config=LoraConfig\(r=8\)`"):
-        trainer_for(tmp_path, toy_rows(40, 1), peft_config=PromptTuningConfig(num_virtual_tokens=4))
+    with pytest.raises(ValueError, match=r"PrefixTuningConfig.*LoraConfig or a PromptTuningConfig"):
+        trainer_for(tmp_path, toy_rows(40, 1), peft_config=PrefixTuningConfig(num_virtual_tokens=4))
 
 
 def test_a_peft_model_and_a_peft_config_together_are_refused(tmp_path: Path) -> None:

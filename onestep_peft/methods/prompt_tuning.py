@@ -1,0 +1,123 @@
+"""Prompt tuning: updates go into virtual tokens before every row's own; the model's weights are never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from onestep_peft.methods.lora import SAVED_BY_PEFT
+from onestep_peft.step.layers import Prompt
+from onestep_peft.tasks import logits_for
+
+name = "prompt_tuning"
+directions = ("sgd", "sign", "natural")
+auto = ("natural", "sgd", "sign")
+rank: int | None = None
+
+VIRTUAL_TOKENS = 20
+# How far a row's logits may move where padding is put behind it, by their scale.
+PADDING_TOLERANCE = 1e-2
+
+
+def default() -> PromptTuningConfig:
+    """20 virtual tokens, drawn from the vocabulary: random vectors lie where no token ever does."""
+    return PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, prompt_tuning_init="SAMPLE_VOCAB")
+
+
+def validate(config: Any) -> None:
+    """Refuses configurations that have no prompt to move."""
+    if not config.num_virtual_tokens or config.num_virtual_tokens < 1:
+        raise ValueError(
+            f"`num_virtual_tokens={config.num_virtual_tokens!r}` in the PromptTuningConfig: there must be at least 1; "
+            f"{VIRTUAL_TOKENS} is usual."
+        )
+    if config.inference_mode:
+        raise ValueError("`inference_mode=True` in the PromptTuningConfig freezes the prompt. Leave it out.")
+
+
+def wrap(
+    model: PreTrainedModel, config: PromptTuningConfig, head: Sequence[str], revision: str | None, task_type: str
+) -> PeftModel:
+    """Puts a prompt before a model.
+
+    Raises:
+        ValueError: The model has no room for the prompt, or cannot take one.
+    """
+    validate(config)
+    embedding: Any = model.get_input_embeddings()
+    _check_room(model, config.num_virtual_tokens)
+    # PEFT guesses these from names that not every configuration has.
+    config.token_dim = config.token_dim or embedding.embedding_dim
+    config.num_layers = config.num_layers or getattr(model.config, "num_hidden_layers", 1)
+    config.num_attention_heads = config.num_attention_heads or getattr(model.config, "num_attention_heads", 1)
+    config.task_type = config.task_type or task_type
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), *head} - SAVED_BY_PEFT) or None
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config.revision = config.revision or revision
+    wrapped = get_peft_model(model, config, revision=config.revision)
+    try:
+        _check_works(cast(PeftModel, wrapped))
+    except ValueError:
+        for parameter in frozen:  # the model as it came
+            parameter.requires_grad_(True)
+        raise
+    return cast(PeftModel, wrapped)
+
+
+def layers(model: PeftModel, left_out: str | None = None) -> list[Prompt]:
+    """The prompt, as the step sees it."""
+    adapter = str(model.active_adapter)
+    encoder: Any = cast(Any, model).prompt_encoder[adapter]
+    shape = tuple(encoder.embedding.weight.shape)
+    base: Any = model.base_model
+    return [Prompt("prompt", base, shape, lambda: encoder.embedding.weight)]
+
+
+def _check_room(model: PreTrainedModel, tokens: int) -> None:
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and tokens >= room:
+        raise ValueError(
+            f"`num_virtual_tokens={tokens}` fills all {room} positions of {type(model).__name__}. Use fewer."
+        )
+
+
+@torch.no_grad()
+def _check_works(model: PeftModel) -> None:
+    """Runs a short row alone and with padding behind it: some heads lose track of a row's end under a prompt.
+
+    Raises:
+        ValueError: The model takes no embedded inputs, or answers for the padding.
+    """
+    base: Any = model.get_base_model()
+    kind = type(base).__name__
+    device = next(base.parameters()).device
+    pad = base.config.pad_token_id or 0
+    words = [i for i in range(1, 12) if i != pad and i < base.get_input_embeddings().num_embeddings]
+    row = torch.tensor([words[:4]], device=device)
+    padded = torch.cat([row, torch.full((1, 3), pad, device=device)], 1)
+    was_training = model.training
+    model.eval()
+    try:
+        alone = _logits(model, row, torch.ones_like(row))
+        beside = _logits(model, padded, (torch.arange(padded.shape[1], device=device) < row.shape[1]).long()[None])
+    except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{kind} cannot be tuned by prompts: {reason} Use LoRA or full weights.") from error
+    finally:
+        model.train(was_training)
+    if alone.dim() == 3:
+        beside = beside[:, : row.shape[1]]
+    if float((alone - beside).abs().max()) > PADDING_TOLERANCE * float(alone.abs().max()):
+        raise ValueError(
+            f"{kind} cannot be tuned by prompts: it looks for a row's last token by its number, which a prompt hides, "
+            "and would answer for the padding. Use LoRA or full weights."
+        )
+
+
+def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    return logits_for(model, {"input_ids": ids, "attention_mask": mask}).float()

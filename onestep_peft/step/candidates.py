@@ -1,0 +1,178 @@
+"""Rays in parameter space: where each direction of a step leads, at any step size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from onestep_peft.step.directions import (
+    DIRECTIONS,
+    NATURAL,
+    PARAMETER_DIRECTIONS,
+    WHITENED,
+    as_it_is,
+    whiten,
+)
+from onestep_peft.step.layers import Layer, LowRank, Prompt
+from onestep_peft.step.natural import RowGradients
+from onestep_peft.step.parameter_gradients import ParameterGradients
+from onestep_peft.step.snapshot import Snapshot
+from onestep_peft.step.statistics import LayerStatistics, Statistics
+
+# The first step size tried moves the weights by this share of their norm.
+RELATIVE_START = 0.03
+
+
+class Ray(Protocol):
+    """One direction of one part of the model.
+
+    Attributes:
+        weight: Frobenius norm of what moves.
+        length: Frobenius norm of the direction.
+    """
+
+    weight: float
+    length: float
+
+    def apply(self, step_size: float) -> float:
+        """Goes there from the start; returns the share of the update's energy that could not be written."""
+        ...
+
+
+class ParameterRay:
+    """θ ← θ − η D, for a parameter as it is.
+
+    Args:
+        parameter: θ.
+        start: θ before the step, on whatever device it is kept.
+        direction: D, as a matrix.
+        as_matrix: The view of θ that D belongs to.
+    """
+
+    def __init__(
+        self, parameter: Tensor, start: Tensor, direction: Tensor | LowRank, as_matrix: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._parameter, self._start, self._direction, self._as_matrix = parameter, start, direction, as_matrix
+        self.weight = float(start.float().norm())
+        self.length = float(direction.norm())
+
+    @torch.no_grad()
+    def apply(self, step_size: float) -> float:
+        start = self._start.to(self._parameter.device)
+        if step_size == 0.0:
+            self._parameter.copy_(start)
+            return 0.0
+        direction = self._direction.dense() if isinstance(self._direction, LowRank) else self._direction
+        # In fp32, and rounded once: a bf16 weight would drop a small update.
+        moved = self._as_matrix(start).float() - step_size * direction.float()
+        self._as_matrix(self._parameter).copy_(moved)
+        return 0.0
+
+
+class ProductRay:
+    """W ← W + W_so_far − η D, for a layer whose update is a product."""
+
+    def __init__(self, layer: Layer, direction: LowRank) -> None:
+        assert layer.read is not None and layer.write is not None
+        self._write, self._direction, self._so_far = layer.write, direction, layer.read()
+        self.weight, self.length = layer.weight_norm, direction.norm()
+
+    @torch.no_grad()
+    def apply(self, step_size: float) -> float:
+        update = self._direction.scaled(-step_size)
+        return self._write(update if self._so_far is None else self._so_far.plus(update))
+
+
+class Candidate:
+    """A direction for all that it moves.
+
+    Args:
+        name: The direction's.
+        rays: One a layer or parameter.
+
+    Attributes:
+        start: The step size to try first.
+    """
+
+    def __init__(self, name: str, rays: Sequence[Ray]) -> None:
+        self.name, self._rays = name, rays
+        weights = math.sqrt(sum(ray.weight**2 for ray in rays))
+        length = math.sqrt(sum(ray.length**2 for ray in rays))
+        self.start = RELATIVE_START * weights / length if length > 0 else RELATIVE_START
+
+    def apply(self, step_size: float) -> float:
+        """Puts the model at this step size; returns the largest share of energy that a layer could not hold."""
+        return max((ray.apply(step_size) for ray in self._rays), default=0.0)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a pass leaves for the directions.
+
+    Args:
+        layers: What the directions for layers move.
+        statistics: By layer name.
+        gradients: Of the trainable parameters.
+        before: The parameters as they were before the step.
+    """
+
+    layers: Sequence[Layer | Prompt]
+    statistics: Mapping[str, Statistics]
+    gradients: ParameterGradients
+    before: Snapshot
+
+
+def build_candidates(
+    evidence: Evidence, directions: Sequence[str], *, damping: float, rank: int | None
+) -> list[Candidate]:
+    """All candidates from one pass, in the order of `directions`; those that would move nothing are left out.
+
+    A layer is whitened once, whatever the number of rules that use it.
+    """
+    rays: dict[str, list[Ray]] = {name: [] for name in directions}
+    for layer in evidence.layers:
+        record = evidence.statistics[layer.name]
+        if record.is_noise():
+            continue
+        if isinstance(layer, Layer) and isinstance(record, LayerStatistics):
+            for name, direction in _layer_directions(layer, record, directions, damping, rank):
+                rays[name].append(_layer_ray(layer, direction, evidence.before))
+        elif isinstance(layer, Prompt) and isinstance(record, RowGradients) and NATURAL in rays:
+            parameter = layer.parameter()
+            rays[NATURAL].append(_ray(parameter, evidence.before, record.natural(damping)))
+    for name in directions:
+        rule = PARAMETER_DIRECTIONS.get(name)
+        if rule is not None:
+            rays[name] += [_ray(p, evidence.before, rule(total)) for p, total in evidence.gradients.all()]
+    return [Candidate(name, rays[name]) for name in directions if rays[name]]
+
+
+def _layer_directions(
+    layer: Layer, record: LayerStatistics, names: Sequence[str], damping: float, rank: int | None
+) -> list[tuple[str, LowRank | Tensor]]:
+    most = layer.rank if rank is None else rank if layer.rank is None else min(rank, layer.rank)
+    plain = as_it_is(record) if any(name in DIRECTIONS and name not in WHITENED for name in names) else None
+    white = whiten(record, damping) if any(name in WHITENED for name in names) else None
+    found: list[tuple[str, LowRank | Tensor]] = []
+    for name in names:
+        source = white if name in WHITENED else plain if name in DIRECTIONS else None
+        if source is not None:
+            found.append((name, DIRECTIONS[name](source, most)))
+    return found
+
+
+def _layer_ray(layer: Layer, direction: LowRank | Tensor, before: Snapshot) -> Ray:
+    if layer.parameter is None:
+        assert isinstance(direction, LowRank)  # a layer that takes products has a rank
+        return ProductRay(layer, direction)
+    parameter = layer.parameter()
+    return ParameterRay(parameter, before.of(parameter), direction, layer.as_matrix)
+
+
+def _ray(parameter: Tensor, before: Snapshot, direction: Tensor) -> ParameterRay:
+    return ParameterRay(parameter, before.of(parameter), direction, lambda tensor: tensor)
