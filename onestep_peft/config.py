@@ -62,6 +62,9 @@ class OneStepConfig(TrainingArguments):
         guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
             nothing is held out of its rows.
         guard_confidence: Below this share of resampled row sets that show a gain, the report calls it weak.
+        save_pass_minutes: Save the sums of the pass so often, in minutes, so that an interrupted run goes on where it
+            was; 0 for never.
+        save_pass_batches: The same by micro-batches.
     """
 
     method: str | None = field(default=None, metadata={"help": "What moves: lora (default), full or prompt_tuning."})
@@ -80,6 +83,8 @@ class OneStepConfig(TrainingArguments):
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
     guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
     guard_confidence: float = field(default=0.95, metadata={"help": "Below this a gain is called weak."})
+    save_pass_minutes: float = field(default=5.0, metadata={"help": "Save the unfinished pass so often (0: never)."})
+    save_pass_batches: int | None = field(default=None, metadata={"help": "The same, every so many micro-batches."})
     save_strategy: str = field(default="no", metadata={"help": "Trainer's checkpoints (default: none)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Not used: a step is never clipped."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Not used: there is no schedule."})
@@ -99,6 +104,9 @@ class OneStepConfig(TrainingArguments):
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
         _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)
+        _check_range("save_pass_minutes", self.save_pass_minutes, 0, None, "5")
+        if self.save_pass_batches is not None:
+            _check_range("save_pass_batches", self.save_pass_batches, 1, None, "None", whole=True)
         if self.rank is not None:
             _check_range("rank", self.rank, 1, None, "8", whole=True)
         if self.stop_at is not None:

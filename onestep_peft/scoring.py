@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 
 from onestep_peft.config import OneStepConfig
 from onestep_peft.errors import nearest
-from onestep_peft.gradient import ExactGradientTrainer
+from onestep_peft.interruption import ResumableTrainer
 from onestep_peft.preparation import Tokeniser
 from onestep_peft.report import HELD_OUT, StepReport
 
 
-class ScoringTrainer(ExactGradientTrainer):
+class ScoringTrainer(ResumableTrainer):
     """Takes rows with text wherever Trainer takes tokens, and scores them on the way."""
 
     report: StepReport

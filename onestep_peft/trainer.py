@@ -42,7 +42,7 @@ from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSetti
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
 from onestep_peft.tasks import task_of
-from onestep_peft.wrapping import config_of
+from onestep_peft.wrapping import base_of, config_of
 
 
 class OneStepTrainer(SharingTrainer):
@@ -165,12 +165,13 @@ class OneStepTrainer(SharingTrainer):
         self.optimizer, self._head_done = None, False
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
-        before = Snapshot(self._trainable())
+        before = Snapshot(self.trainable())
         began = time.perf_counter()
         try:
-            with contextlib.ExitStack() as self._stack:
-                output = super().train(*args, **kwargs)
-            self.measure("after")
+            with self.resumable():
+                with contextlib.ExitStack() as self._stack:
+                    output = super().train(*args, **kwargs)
+                self.measure("after")
         except BaseException:
             before.restore()
             raise
@@ -186,8 +187,9 @@ class OneStepTrainer(SharingTrainer):
             return
         self._held_out = self._make_held_out()
         self.check_target()
-        if self.state.global_step > 0:  # a resumed run: its head was fitted before its first step
-            return
+        fresh = self._adapted.fresh
+        if self.state.global_step > 0 or self.resume_run(base_of(self._bare_model), fresh):
+            return  # the head was fitted before the first step
         self.measure("base")
         if self._fits_head():
             with self.clock("head"):
@@ -217,7 +219,7 @@ class OneStepTrainer(SharingTrainer):
             )
             whitened = not WHITENED.isdisjoint(self.directions)
             self.optimizer = OneStepOptimizer(
-                self._trainable(),
+                self.trainable(),
                 settings,
                 layers=layers,
                 statistics=self._stack.enter_context(observed(layers, whitened)),
@@ -247,8 +249,16 @@ class OneStepTrainer(SharingTrainer):
     def _bare_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(cast(nn.Module, self.model))
 
-    def _trainable(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that a run may change."""
         return [parameter for parameter in self._bare_model.parameters() if parameter.requires_grad]
+
+    def settings_of_the_pass(self) -> dict[str, Any]:
+        """What the sums of a pass depend on, beside rows and model."""
+        config = self._config
+        names = ("fit_head", "seed", "bf16", "bf16_full_eval", "gradient_checkpointing")
+        settings = {name: getattr(config, name) for name in names}
+        return {**settings, "method": self._method.name, "task": self.task.name, "directions": self.directions}
 
     def _show_point(self, direction: str, step_size: float, loss: float) -> None:
         if self._progress is not None:
