@@ -114,8 +114,12 @@ class ExactGradientTrainer(Trainer):
             self.one_step.count(float(items))
             self._cursor += len(labels)
         else:
+            self.observe(logits, labels, losses, self.task.row_items(labels))
             loss = loss / items  # NaN where nothing is labelled
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def observe(self, logits: Tensor, labels: Tensor, losses: Tensor, items: Tensor) -> None:
+        """Sees every batch that is scored: the rows' losses `(rows,)` and their numbers of items."""
 
     def name_rows(self, positions: Sequence[int]) -> str:
         """Rows of the current micro-batch as the user counts them."""

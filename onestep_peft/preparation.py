@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from onestep_peft import data, head
 from onestep_peft.methods import Method
 from onestep_peft.step.layers import Layer
-from onestep_peft.tasks import TEXT_CLASSIFICATION, Task, check_problem_type, task_of
+from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION, Task, task_of
+from onestep_peft.tasks.task import SINGLE_LABEL, UNLABELLED
 from onestep_peft.wrapping import base_of
 
 # Tokenizers that know no limit say so with a huge number.
@@ -41,20 +42,29 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def load_base(base: str, labels: Sequence[str], revision: str | None = None) -> PreTrainedModel:
-    """A base model for text classification with these classes.
+def load_base(
+    base: str, task: Task, labels: Sequence[str], revision: str | None = None, outputs: int | None = None
+) -> PreTrainedModel:
+    """A base model for a task, with these classes where it has any.
+
+    Args:
+        outputs: Number of the head's outputs where they are no classes; default 1.
 
     Raises:
         ValueError: The base cannot be found.
     """
-    id2label = dict(enumerate(labels))
-    label2id = {label: i for i, label in id2label.items()}
+    options: dict[str, Any] = {}
+    if task.has_classes:
+        id2label = dict(enumerate(labels))
+        options = {"id2label": id2label, "label2id": {label: i for i, label in id2label.items()}}
+    if task.has_head:
+        options["num_labels"] = len(labels) or outputs or 1
+    if task.problem_type not in (None, SINGLE_LABEL):
+        options["problem_type"] = task.problem_type
     try:
         AutoConfig.from_pretrained(base, revision=revision)
         revision = pinned(base, revision) or revision
-        return TEXT_CLASSIFICATION.auto_model.from_pretrained(
-            base, revision=revision, num_labels=len(labels), id2label=id2label, label2id=label2id
-        )
+        return task.auto_model.from_pretrained(base, revision=revision, **options)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(base, "model", error)) from error
 
@@ -150,6 +160,13 @@ def name_labels(model: nn.Module, rows: Dataset, column: str) -> None:
         config.label2id = {name: i for i, name in enumerate(names)}
 
 
+def name_alike(config: Any, template: Any) -> None:
+    """Gives a model the classes' names and the kind of problem that another one's configuration has."""
+    for name in ("id2label", "label2id", "problem_type"):
+        if hasattr(template, name):
+            setattr(config, name, copy.copy(getattr(template, name)))
+
+
 @dataclass(frozen=True)
 class Tokeniser:
     """Makes tokens and integer labels of rows with text; rows that are tokens already are only checked.
@@ -157,18 +174,20 @@ class Tokeniser:
     Args:
         tokenizer: None where no set holds text.
         columns: None where no set holds text.
-        config: The model's configuration: its classes and its longest input.
+        config: The model's configuration: its outputs and its longest input.
+        task: What the rows are for.
     """
 
     tokenizer: Any
     columns: data.Columns | None
     config: Any
+    task: Task
 
     def __call__(self, name: str, rows: Any, *, labelled: bool = True) -> Any:
         """The set `name` as the model takes it; rows to predict may come without labels."""
         rows = as_rows(name, rows)
         if not is_raw(rows):
-            return check_tokenised(name, rows, self.config.num_labels) if labelled else rows
+            return check_tokenised(name, rows, self.task, self.task.outputs(self.config)) if labelled else rows
         if self.tokenizer is None or self.columns is None:
             raise ValueError(f"{name} holds text, so `processing_class=` must be the model's tokenizer.")
         columns = self.columns
@@ -182,23 +201,44 @@ class Tokeniser:
         )
 
 
-def check_tokenised(name: str, rows: Any, classes: int) -> Any:
-    """Checks a tokenised set: some rows, labels there and in range.
+def check_tokenised(name: str, rows: Any, task: Task, outputs: int) -> Any:
+    """Checks a tokenised set: some rows, labels there, and such as the task takes.
+
+    Rows for text generation without labels get their own tokens as labels.
+
+    Args:
+        outputs: The model's outputs: classes, numbers, or the size of its vocabulary.
 
     Raises:
-        ValueError: It is empty or has no length, no labels, or a label that is no class.
+        ValueError: It is empty or has no length, no labels, or a row's labels are wrong.
     """
     if not hasattr(rows, "__len__"):
         raise ValueError(f"{name} has no length; one step needs to know its rows. Pass a map-style dataset.")
     data.check_some(rows, name)
     names = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     column = next((column for column in ("labels", "label") if column in names), None)
+    if column is None and task is TEXT_GENERATION and isinstance(rows, Dataset):
+        return rows.map(_own_tokens_as_labels)
     if column is None or (column == "label" and not isinstance(rows, Dataset)):
         raise ValueError(f"{name} has no column 'labels'; its columns are {names}.")
-    for i, label in enumerate(rows[column] if isinstance(rows, Dataset) else [row[column] for row in rows]):
-        if label != -100 and not 0 <= label < classes:
-            raise data.out_of_range(name, i, label, classes)
+    labels = rows[column] if isinstance(rows, Dataset) else [row[column] for row in rows]
+    lengths = [0] * len(rows)
+    if task.by_token:
+        lengths = [len(ids) for ids in (rows["input_ids"] if isinstance(rows, Dataset) else _ids(rows))]
+    for i, (label, length) in enumerate(zip(labels, lengths, strict=True)):
+        fault = task.fault(label, length, outputs)
+        if fault is not None:
+            raise ValueError(f"{name}, row {i}: {fault}")
     return rows.rename_column("label", "labels") if isinstance(rows, Dataset) and column == "label" else rows
+
+
+def _ids(rows: Any) -> list[Any]:
+    return [row["input_ids"] for row in rows]
+
+
+def _own_tokens_as_labels(row: dict[str, Any]) -> dict[str, Any]:
+    mask = row.get("attention_mask") or [1] * len(row["input_ids"])
+    return {"labels": [i if there else UNLABELLED for i, there in zip(row["input_ids"], mask, strict=True)]}
 
 
 @dataclass
@@ -212,7 +252,12 @@ class Prepared:
 
 
 def prepare(
-    model: nn.Module | str, processing_class: Any, sets: Sets, text: str | Sequence[str] | None, label: str | None
+    model: nn.Module | str,
+    processing_class: Any,
+    sets: Sets,
+    text: str | Sequence[str] | None,
+    label: str | None,
+    task_name: str | None = None,
 ) -> Prepared:
     """Finds the columns, loads the model where it is given by name, names its classes, tokenises the rows.
 
@@ -233,12 +278,11 @@ def prepare(
                 f"`model={model!r}` is a name, so its classes must come from rows with text. Load the model."
             )
         processing_class = processing_class or load_tokenizer(model)
-        model = load_base(model, class_names(sets, columns.label))
-    task_of(model)
-    check_problem_type(model.config)
+        model = load_base(model, TEXT_CLASSIFICATION, class_names(sets, columns.label))
+    task = task_of(model)
     if columns is not None and columns.label is not None and is_raw(sets.train):
         name_labels(model, sets.train, columns.label)
-    tokenise = Tokeniser(processing_class, columns, model.config)
+    tokenise = Tokeniser(processing_class, columns, model.config, task)
     return Prepared(model, processing_class, sets.map(tokenise), tokenise)
 
 
@@ -283,11 +327,11 @@ def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int 
             raise ValueError("The model's adapter is frozen. Load it with `is_trainable=True`.")
         config = model.peft_config[str(model.active_adapter)]
         method.validate(config)
-        fresh = head.fresh_copies(base) if _is_untrained(model, method) else []
+        fresh = head.fresh_copies(base) if task.has_head and _is_untrained(model, method) else []
         return Adapted(model, method, task, fresh, head.last_layer(base, fresh, classes), config.revision)
     if peft_config is None:
         peft_config = method.default()
-    fresh = head.fresh_modules(model)
+    fresh = head.fresh_modules(model) if task.has_head else []
     last = head.last_layer(model, fresh, classes)
     # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
     config = copy.deepcopy(peft_config)

@@ -30,8 +30,11 @@ class StepReport:
         base_model: The base: a Hub id, or a path relative to the saved folder.
         base_revision: The base's commit, or None for a local base.
         task: The Hub's `pipeline_tag`.
-        method: "lora".
-        labels: Names of the classes in the order of their numbers.
+        problem_type: Of a text classifier: "single_label_classification", "multi_label_classification" or
+            "regression"; None for other tasks.
+        method: "lora", "full" or "prompt_tuning".
+        labels: Names of the classes in the order of their numbers; empty for a task without classes.
+        outputs: Number of the head's outputs: classes, or numbers of a regression; 0 for a task without a head.
         rows: Number of rows for the "gradient", the "search" and the "guard".
         seconds: Wall time: "total" of the adaptation and its parts, and "evaluation", which "total" leaves out.
         peak_memory_bytes: The most memory held: of the accelerator, or of the process on the CPU.
@@ -43,14 +46,18 @@ class StepReport:
             come from: the command fills this in; in Python, set it before `save_model`.
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted; None where it had none) and "after".
         scored_on: Which rows "metrics" speak of: "eval_dataset", or "held-out rows" where none was given.
+        class_counts: Number of the scored items (rows, or tokens) by class.
+        class_recall: By stage and class, the share of them that is found; classes without items are left out.
         files: sha256 by file name, once saved.
     """
 
     base_model: str = ""
     base_revision: str | None = None
     task: str = "text-classification"
+    problem_type: str | None = None
     method: str = "lora"
     labels: list[str] = field(default_factory=list)
+    outputs: int = 0
     rows: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
@@ -58,6 +65,8 @@ class StepReport:
     datasets: dict[str, list[str]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float] | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
     scored_on: str = "eval_dataset"
+    class_counts: dict[str, int] = field(default_factory=dict)
+    class_recall: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -25,27 +24,28 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
-from onestep_peft import head, preparation
 from onestep_peft import metrics as metric_names
+from onestep_peft import preparation
 from onestep_peft.callbacks import StepCallback, StepProgress
+from onestep_peft.collation import check_lengths, collator_for
 from onestep_peft.config import AUTO, OneStepConfig
 from onestep_peft.gradient import named_rows, not_finite
+from onestep_peft.head_trainer import HeadTrainer
 from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, padded, select, split_rows
-from onestep_peft.hub.sharing import SharingTrainer
-from onestep_peft.methods import check_directions, method_for
+from onestep_peft.methods import check_directions, method_for, prompt_tuning
 from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
 from onestep_peft.saving import check_folder, check_free, portable, save_model_files, save_whole
 from onestep_peft.step import processes
 from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED
 from onestep_peft.step.layers import Layer, Prompt
-from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSettings
+from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
 from onestep_peft.tasks import task_of
-from onestep_peft.wrapping import base_of, config_of
+from onestep_peft.wrapping import base_of, config_of, labels_of
 
 
-class OneStepTrainer(SharingTrainer):
+class OneStepTrainer(HeadTrainer):
     """A `transformers.Trainer` whose training is one step over all rows.
 
     The pass, the callbacks, the logs and the checkpoints are Trainer's. In place of an optimizer's many steps there
@@ -53,9 +53,10 @@ class OneStepTrainer(SharingTrainer):
     held-out rows, and a guard that undoes the step where it does not help.
 
     Args:
-        model: A model with a classification head, a PeftModel, or the name or folder of a base.
+        model: A model with a head for texts or tokens, or a causal language model; a PeftModel; or the name or folder
+            of a base.
         args: OneStepConfig; plain TrainingArguments are taken over.
-        train_dataset: Rows with text and a label (string or integer), or tokenised rows.
+        train_dataset: Rows as the task has them (see `onestep_peft.data`), or tokenised rows.
         eval_dataset: Rows that report (before, with the fitted head, after); they never choose.
         search_dataset: Rows that choose the step and guard it. None: they are held out of the training rows.
         processing_class: The tokenizer; loaded with the model where that is given by name.
@@ -68,6 +69,9 @@ class OneStepTrainer(SharingTrainer):
         text_column: The column with the text, or two of them for pairs; guessed where it is clear.
         label_column: The column with the class; guessed where it is clear.
         callbacks: As in Trainer.
+        preprocess_logits_for_metrics: As in Trainer, beside `compute_metrics`.
+        task: "text-classification", "token-classification" or "text-generation"; default what the model's class says,
+            or, for a base by name, what the columns say.
 
     Attributes:
         report: What the last `train` did, a `StepReport`.
@@ -92,6 +96,8 @@ class OneStepTrainer(SharingTrainer):
         text_column: str | Sequence[str] | None = None,
         label_column: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        task: str | None = None,
     ) -> None:
         config = OneStepConfig.upcast(args)
         set_seed(config.seed)  # before the model is loaded and the adapter drawn
@@ -105,19 +111,25 @@ class OneStepTrainer(SharingTrainer):
         if template is None:
             raise ValueError("`model` is missing: give a model, its name, or `model_init`.")
         sets = preparation.Sets(train_dataset, search_dataset, eval_dataset)
-        prepared = preparation.prepare(template, processing_class, sets, text_column, label_column)
+        prepared = preparation.prepare(template, processing_class, sets, text_column, label_column, task)
         self._peft_config = peft_config
         self._method = method_for(config.method, peft_config, prepared.model)
         check_directions(self._method, [name for name in config.directions if name != AUTO])
         tokenizer = prepared.processing_class or getattr(data_collator, "tokenizer", None)
         self._pad_token_id = getattr(tokenizer, "pad_token_id", None)
         self.tokenise = prepared.tokenise
-        self._split = split_rows(prepared.sets.train, prepared.sets.search, config)
+        self.task, self._template_config = task_of(prepared.model), config_of(prepared.model)
+        self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         if compute_metrics is None:
-            resolved = resolved or metric_names.resolve(task_of(prepared.model).metrics)
-            compute_metrics = metric_names.compute_metrics(resolved, config_of(prepared.model).num_labels)
-            config.batch_eval_metrics = True
+            labels = labels_of(self._template_config, self.task)
+            resolved = resolved or metric_names.resolve(metric_names.default_names(self.task, labels))
+            if resolved:
+                compute_metrics = metric_names.compute_metrics(resolved, self.task, labels)
+                preprocess_logits_for_metrics = self.predicted
+                config.batch_eval_metrics = True
+        data_collator = data_collator or collator_for(self.task, tokenizer, self._method is prompt_tuning)
+        check_lengths(listed(prepared.sets.train), self.task, data_collator, tokenizer)
         self.report = StepReport()
         self._saved_to: set[Path] = set()
         super().__init__(
@@ -129,18 +141,21 @@ class OneStepTrainer(SharingTrainer):
             processing_class=prepared.processing_class,
             model_init=model_init,
             compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             callbacks=[StepCallback(self), *(callbacks or [])],
         )
         self._progress = self._replace_progress_bar()
 
     def _adapt(self, model: nn.Module) -> nn.Module:
-        self._adapted = preparation.adapt(model, self._method, self._peft_config, self._pad_token_id)
-        self.task = self._adapted.task
-        return self._adapted.model
+        self.adapted = preparation.adapt(model, self._method, self._peft_config, self._pad_token_id)
+        self.task = self.adapted.task
+        return self.adapted.model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """The model that `model_init` makes, with the adapter on it."""
-        return self._adapt(super().call_model_init(trial))
+        """The model that `model_init` makes, its classes named as the first one's, with the adapter on it."""
+        model = super().call_model_init(trial)
+        preparation.name_alike(config_of(model), self._template_config)
+        return self._adapt(model)
 
     def _replace_progress_bar(self) -> StepProgress | None:
         if self.args.disable_tqdm:
@@ -185,26 +200,25 @@ class OneStepTrainer(SharingTrainer):
         """Before the first pass: the base's score, the held-out rows, the head and its score."""
         if self._head_done:  # a retry with smaller batches
             return
-        self._held_out = self._make_held_out()
+        self.held_out = self._make_held_out()
         self.check_target()
-        fresh = self._adapted.fresh
-        if self.state.global_step > 0 or self.resume_run(base_of(self._bare_model), fresh):
+        self._head_done = True
+        if self.state.global_step > 0 or self.resume_run(base_of(self.bare_model), self.adapted.fresh):
             return  # the head was fitted before the first step
         self.measure("base")
-        if self._fits_head():
+        if self.fits_head():
             with self.clock("head"):
-                self._fit_head()
+                self.fit_head()
             self.measure("head")
-        self._head_done = True
 
     def end_step(self) -> bool:
         """After a step: books its times, fits the head to the moved body; returns whether to stop here."""
         outcome = self.one_step.outcomes[-1]
         for part, seconds in outcome.seconds.items():
             self.seconds[part] += seconds
-        if outcome.accepted and self._held_out is not None and self._fits_head():
+        if outcome.accepted and self.held_out is not None and self.fits_head():
             with self.clock("head"):
-                self._refit_head(outcome)
+                self.refit_head(outcome)
         return not outcome.accepted or self.reached_target()
 
     # The step
@@ -223,7 +237,7 @@ class OneStepTrainer(SharingTrainer):
                 settings,
                 layers=layers,
                 statistics=self._stack.enter_context(observed(layers, whitened)),
-                held_out_losses=self._held_out_losses if self.held_rows is not None else None,
+                held_out_losses=self.held_out_losses if self.held_rows is not None else None,
                 progress=self._show_point,
             )
             self._stack.enter_context(self.optimizer.gradients.collected())
@@ -242,16 +256,12 @@ class OneStepTrainer(SharingTrainer):
         """What moves, beside the parameters that `sgd` and `sign` move as they are."""
         if PARAMETER_DIRECTIONS.keys() >= set(self.directions):
             return []
-        fitted = self._adapted.head if self._fits_head() else None
-        return self._method.layers(self._bare_model, fitted)
-
-    @property
-    def _bare_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(cast(nn.Module, self.model))
+        fitted = self.adapted.head if self.fits_head() else None
+        return self._method.layers(self.bare_model, fitted)
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that a run may change."""
-        return [parameter for parameter in self._bare_model.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
 
     def settings_of_the_pass(self) -> dict[str, Any]:
         """What the sums of a pass depend on, beside rows and model."""
@@ -264,10 +274,6 @@ class OneStepTrainer(SharingTrainer):
         if self._progress is not None:
             self._progress.advance(f"{direction}: loss {loss:.4f} at {step_size:.3g}")
 
-    def _held_out_losses(self) -> Tensor:
-        assert self._held_out is not None
-        return self._held_out.losses(self._bare_model)
-
     def _make_held_out(self) -> HeldOut | None:
         if self.held_rows is None:
             return None
@@ -277,66 +283,22 @@ class OneStepTrainer(SharingTrainer):
         own = positions[processes.rank() :: processes.number()]
         held = list(batches)
         held_out = HeldOut(held, own + [[]] * (len(held) - len(own)), len(self.held_rows), self.task)
-        bad = (~torch.isfinite(held_out.losses(self._bare_model))).nonzero().flatten().tolist()
+        bad = (~torch.isfinite(held_out.losses(self.bare_model))).nonzero().flatten().tolist()
         if bad:
             content = by_content(listed(self.held_rows))
             numbers = [self._split.held_numbers[content[i]] for i in bad]
             raise ValueError(not_finite(float("nan"), named_rows(numbers, self._split.held_name)))
         return held_out
 
-    # The head
-
-    def _fits_head(self) -> bool:
-        wanted = self._config.fit_head
-        if wanted is True and self._adapted.head is None:
-            raise ValueError("`fit_head=True`, but the model has no freshly initialised head. Leave it out.")
-        return self._adapted.head is not None and (not self._config.is_plain if wanted == "auto" else bool(wanted))
-
-    def _fit_head(self) -> None:
-        assert self._adapted.head is not None
-        layer = head.active(self._bare_model, self._adapted.head)
-        batches = self.get_test_dataloader(padded(self.train_dataset, self.args.eval_batch_size))
-        x, labels = head.features(self._bare_model, layer, self._watched(batches, "head"))
-        finite = torch.isfinite(x).all(1)
-        if not finite.all():
-            self.forget_cursor()
-            raise ValueError(not_finite(float("nan"), self.name_rows((~finite).nonzero().flatten().tolist())))
-        held = head.features(self._bare_model, layer, self._held_out.batches) if self._held_out is not None else None
-        x, labels = processes.gathered(x), processes.gathered(labels)
-        if held is not None:
-            held = processes.gathered(held[0]), processes.gathered(held[1])
-        head.install(layer, head.fit(x, labels, held_out=held, classes=layer.out_features, bias=layer.bias is not None))
-        processes.broadcast(layer.parameters())
-
-    def _refit_head(self, outcome: StepOutcome) -> None:
-        """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""
-        assert self._adapted.head is not None
-        layer = head.active(self._bare_model, self._adapted.head)
-        before = Snapshot(layer.parameters())
-        self._fit_head()
-        loss = float(self._held_out_losses().mean())
-        outcome.head_refitted = loss < outcome.loss_after
-        if outcome.head_refitted:
-            outcome.loss_after = loss
-        else:
-            before.restore()
-
-    def _watched(self, batches: DataLoader, what: str) -> Iterator[Any]:
-        if self._progress is not None:
-            self._progress.start(what, len(batches), "batch")
-        for batch in batches:
-            yield batch
-            if self._progress is not None:
-                self._progress.advance()
-
     # The report
 
     def _identify(self) -> None:
         """What the result belongs to; known without a run too."""
-        report, config = self.report, config_of(self._bare_model)
+        report, config = self.report, config_of(self.bare_model)
         report.task, report.method = self.task.name, self._method.name
-        report.base_model, report.base_revision = config.name_or_path, self._adapted.base_revision
-        report.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+        report.base_model, report.base_revision = config.name_or_path, self.adapted.base_revision
+        report.problem_type, report.labels = self.task.problem_type, labels_of(config, self.task)
+        report.outputs = config.num_labels if self.task.has_head else 0
 
     def _fill_report(self, seconds: float) -> None:
         self._identify()
@@ -395,12 +357,12 @@ class OneStepTrainer(SharingTrainer):
             check_free(folder)
 
     def _write(self, staging: Path, folder: Path) -> StepReport:
-        save_model_files(self._bare_model, staging)
+        save_model_files(self.bare_model, staging)
         tokenizer: Any = self.processing_class
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         self.report.plot(staging / PICTURE)
-        self.write_probe(self._bare_model, staging)
+        self.write_probe(self.bare_model, staging)
         self._identify()
         if not self.report.base_model:
             warnings.warn(

@@ -110,7 +110,7 @@ def scikit_learn(x: Tensor, labels: Tensor, penalty: float, bias: bool) -> tuple
 @pytest.mark.parametrize("bias", [True, False])
 def test_fit_matches_scikit_learn(bias: bool) -> None:
     x, labels = clusters(120, seed=0)
-    found = head.fit(x, labels, held_out=None, classes=3, bias=bias)
+    found = head.fit(x, labels, held_out=None, outputs=3, bias=bias)
     assert found.penalty == 1 / 120
     weight, offset = scikit_learn(x, labels, found.penalty, bias)
     assert np.allclose(found.weight.numpy(), weight, atol=1e-4)
@@ -127,7 +127,7 @@ def test_the_penalty_is_the_one_the_held_out_rows_prefer(bias: bool) -> None:
     # Few rows, many features: a weak penalty overfits, so the strongest and the weakest both lose.
     x, labels = clusters(25, seed=1, d=12)
     held = clusters(400, seed=2, d=12)
-    found = head.fit(x, labels, held_out=held, classes=3, bias=bias)
+    found = head.fit(x, labels, held_out=held, outputs=3, bias=bias)
     losses = {}
     for penalty in head.PENALTIES:
         weight, offset = scikit_learn(x, labels, penalty, bias)
@@ -142,16 +142,16 @@ def test_the_penalty_is_the_one_the_held_out_rows_prefer(bias: bool) -> None:
 def test_rows_without_a_label_do_not_count() -> None:
     x, labels = clusters(60, seed=0)
     held, held_labels = clusters(40, seed=1)
-    some = head.fit(x[:40], labels[:40], held_out=(held[:30], held_labels[:30]), classes=3, bias=True)
+    some = head.fit(x[:40], labels[:40], held_out=(held[:30], held_labels[:30]), outputs=3, bias=True)
     labels[40:], held_labels[30:] = -100, -100
-    marked = head.fit(x, labels, held_out=(held, held_labels), classes=3, bias=True)
+    marked = head.fit(x, labels, held_out=(held, held_labels), outputs=3, bias=True)
     assert torch.equal(some.weight, marked.weight) and torch.equal(some.bias, marked.bias)
 
 
 def test_a_feature_that_never_varies_does_no_harm() -> None:
     x, labels = clusters(60, seed=0)
     x[:, 2] = 7.0
-    found = head.fit(x, labels, held_out=None, classes=3, bias=True)
+    found = head.fit(x, labels, held_out=None, outputs=3, bias=True)
     assert torch.isfinite(found.weight).all() and torch.isfinite(found.bias).all()
 
 
@@ -169,10 +169,10 @@ def batches(padding_side: str) -> tuple[list[dict[str, Any]], list[str]]:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_features_of_a_decoder_are_its_last_real_tokens(side: str) -> None:
     model = tiny_llama()
-    found, labels = head.features(model, model.score, batches(side)[0])
-    assert labels.tolist() == [row["label"] for row in toy_rows(11, seed=0)]
+    found = head.features(model, model.score, batches(side)[0])
+    assert found.labels.tolist() == [row["label"] for row in toy_rows(11, seed=0)]
     with torch.no_grad():
-        for text, feature in zip(batches(side)[1], found, strict=True):
+        for text, feature in zip(batches(side)[1], found.x, strict=True):
             one = word_tokenizer()(text, return_tensors="pt")
             hidden = model.model(**one).last_hidden_state[0, -1]
             assert torch.allclose(feature, hidden, atol=1e-4)
@@ -180,11 +180,11 @@ def test_features_of_a_decoder_are_its_last_real_tokens(side: str) -> None:
 
 def test_features_of_an_encoder_are_the_heads_input_without_dropout() -> None:
     model: PreTrainedModel = tiny_bert(classifier_dropout=0.5).train()
-    found, _ = head.features(model, model.classifier, batches("right")[0])
+    found = head.features(model, model.classifier, batches("right")[0])
     assert model.training
     model.eval()
     with torch.no_grad():
-        for text, feature in zip(batches("right")[1], found, strict=True):
+        for text, feature in zip(batches("right")[1], found.x, strict=True):
             pooled = model.bert(**word_tokenizer()(text, return_tensors="pt")).pooler_output[0]
             assert torch.allclose(feature, pooled, atol=1e-5)
 
@@ -192,6 +192,6 @@ def test_features_of_an_encoder_are_the_heads_input_without_dropout() -> None:
 def test_an_installed_head_gives_the_logits_of_the_fit() -> None:
     model = tiny_bert(num_labels=3)
     x, labels = clusters(60, seed=0, d=32)
-    fitted = head.fit(x, labels, held_out=None, classes=3, bias=True)
+    fitted = head.fit(x, labels, held_out=None, outputs=3, bias=True)
     head.install(model.classifier, fitted)
     assert torch.allclose(model.classifier(x).double(), x.double() @ fitted.weight.T + fitted.bias, atol=1e-3)

@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora, sign": {**ADAPTER, "direction": "sign", "step_size": 0.001, "guard": False},
     "lora, two steps": {**ADAPTER, "max_steps": 2},
     "full, kfac": {"method": "full", "direction": "kfac", **FIXED},
-    "full, muon": {"method": "full", "direction": "muon", **FIXED},
+    "full, muon": {"method": "full", "direction": "muon", **FIXED, "step_size": 0.005},
     "full, plain": {"method": "full", "direction": "sgd", "step_size": 0.1},
     "prompt, rows kept": {"method": "prompt_tuning", "direction": "natural", **FIXED},
     "prompt, Gram matrix": {
