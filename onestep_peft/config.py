@@ -28,12 +28,16 @@ class OneStepConfig(TrainingArguments):
         method: What moves: "lora", "full" (the model's own weights) or "prompt_tuning"; None for what `peft_config`
             stands for, and LoRA without one.
         direction: "auto" (several candidates from one pass, held-out rows choose), one of "sgd", "sign", "muon",
-            "lora_one", "kfac", "kfac_muon", "kfac_schatten" and (for prompts) "natural", or a list to choose from.
+            "lora_one", "kfac", "kfac_muon", "kfac_schatten" and (for prompts) "natural", or a list to choose from. A
+            rule for layers may name its rank: "kfac:8".
         step_size: η of the update, or "search" to find it on held-out rows.
         max_steps: Number of steps, each with a pass, a search and a guard of its own.
         stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.
         damping: λ of the `kfac` family, in units of each covariance's mean eigenvalue.
-        rank: Rank of the direction; None for the smaller of 8 and the adapter's r, and for full weights the full one.
+        rank: Rank of directions that name none; None for the smaller of 8 and the adapter's r, and for full weights
+            the full one.
+        search_budget: The most forwards of single rows that "auto" may spend on the search: it tries as many
+            candidates as fit, and always one. None for 20,000 or twice the work of the pass, whichever is more.
         fit_head: Whether to fit a freshly initialised head first. "auto": whenever there is one, except for the
             plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
@@ -57,6 +61,9 @@ class OneStepConfig(TrainingArguments):
     )
     damping: float = field(default=0.1, metadata={"help": "Damping of the kfac family, in mean eigenvalues."})
     rank: int | None = field(default=None, metadata={"help": "Rank of the direction (default: min(8, adapter's r))."})
+    search_budget: int | None = field(
+        default=None, metadata={"help": "Forwards of rows that the search of auto may take."}
+    )
     fit_head: str | bool = field(default="auto", metadata={"help": "Fit a fresh head first: auto, true or false."})
     search_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows held out."})
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
@@ -83,6 +90,8 @@ class OneStepConfig(TrainingArguments):
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
         _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)
+        if self.search_budget is not None:
+            _check_range("search_budget", self.search_budget, 1, None, "None", whole=True)
         _check_range("save_pass_minutes", self.save_pass_minutes, 0, None, "5")
         if self.save_pass_batches is not None:
             _check_range("save_pass_batches", self.save_pass_batches, 1, None, "None", whole=True)
@@ -132,9 +141,14 @@ class OneStepConfig(TrainingArguments):
     def _check_direction(self) -> None:
         names = [self.direction] if isinstance(self.direction, str) else list(self.direction)
         for name in names:
-            if name not in KNOWN_DIRECTIONS:
-                near = nearest(str(name), KNOWN_DIRECTIONS)
+            rule, _, rank = str(name).partition(":")
+            if rule not in KNOWN_DIRECTIONS:
+                near = nearest(rule, KNOWN_DIRECTIONS)
                 raise ValueError(f"`direction={name!r}` is none of {', '.join(KNOWN_DIRECTIONS)}.{near}")
+            if rule != name and (rule not in DIRECTIONS or not rank.isdecimal() or int(rank) < 1):
+                raise ValueError(
+                    f"`direction={name!r}`: a rank is a whole number from 1 on, and goes with {', '.join(DIRECTIONS)}."
+                )
         if not names or ("auto" in names and len(names) > 1) or len(set(names)) < len(names):
             raise ValueError(f'`direction={names!r}`: give "auto", or one or more different names.')
         self.direction = names[0] if len(names) == 1 else names

@@ -36,8 +36,9 @@ from onestep_peft.methods import check_directions, method_for, prompt_tuning
 from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
 from onestep_peft.saving import check_folder, check_free, portable, save_model_files, save_whole
 from onestep_peft.step import processes
-from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED
+from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
+from onestep_peft.step.line_search import affordable
 from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
@@ -231,7 +232,7 @@ class OneStepTrainer(HeadTrainer):
             settings = StepSettings(
                 self.directions, config.fixed_step_size, config.damping, rank, config.guard, config.guard_confidence
             )
-            whitened = not WHITENED.isdisjoint(self.directions)
+            whitened = not WHITENED.isdisjoint(map(rule_of, self.directions))
             self.optimizer = OneStepOptimizer(
                 self.trainable(),
                 settings,
@@ -250,7 +251,10 @@ class OneStepTrainer(HeadTrainer):
     @property
     def directions(self) -> tuple[str, ...]:
         """The candidates by name."""
-        return self._method.auto if self._config.directions == (AUTO,) else self._config.directions
+        if self._config.directions != (AUTO,):
+            return self._config.directions
+        held = len(self.held_rows) if self.held_rows is not None else 0
+        return self._method.auto[: affordable(self._config.search_budget, len(self.pass_rows), held)]
 
     def layers(self) -> Sequence[Layer | Prompt]:
         """What moves, beside the parameters that `sgd` and `sign` move as they are."""
