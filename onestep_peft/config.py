@@ -61,6 +61,8 @@ class OneStepConfig(TrainingArguments):
         search_rows_max: The most rows that are held out of the training set.
         guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
             nothing is held out of its rows.
+        max_length: Tokens of a row with text, the special ones counted; longer rows are cut, and plain texts for text
+            generation are taken in pieces. None for the model's limit, at most 512.
         guard_confidence: Below this share of resampled row sets that show a gain, the report calls it weak.
     """
 
@@ -80,6 +82,9 @@ class OneStepConfig(TrainingArguments):
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
     guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
     guard_confidence: float = field(default=0.95, metadata={"help": "Below this a gain is called weak."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a row (default: the model's limit, at most 512)."}
+    )
     save_strategy: str = field(default="no", metadata={"help": "Trainer's checkpoints (default: none)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Not used: a step is never clipped."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Not used: there is no schedule."})
@@ -101,6 +106,8 @@ class OneStepConfig(TrainingArguments):
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)
         if self.rank is not None:
             _check_range("rank", self.rank, 1, None, "8", whole=True)
+        if self.max_length is not None:
+            _check_range("max_length", self.max_length, 2, None, "None", whole=True)
         if self.stop_at is not None:
             _check_range("stop_at", self.stop_at, -math.inf, None, "None")
         if not isinstance(self.guard, bool):

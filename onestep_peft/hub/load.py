@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from onestep_peft import tasks
-from onestep_peft.preparation import load_base, load_tokenizer
+from onestep_peft.bases import load_base, load_tokenizer
 from onestep_peft.report import StepReport
 from onestep_peft.saving import read_whole
 from onestep_peft.wrapping import config_of

@@ -29,6 +29,14 @@ def default() -> PromptTuningConfig:
     return PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, prompt_tuning_init="SAMPLE_VOCAB")
 
 
+def virtual_tokens(method: str | None, peft_config: Any, model: Any) -> int:
+    """How many virtual tokens will stand before every row, from what the user said; 0 for other methods."""
+    config = model.peft_config[str(model.active_adapter)] if isinstance(model, PeftModel) else peft_config
+    if config is None:
+        return VIRTUAL_TOKENS if method == name else 0
+    return (config.num_virtual_tokens or 0) if isinstance(config, PromptTuningConfig) else 0
+
+
 def validate(config: Any) -> None:
     """Refuses configurations that have no prompt to move."""
     if not config.num_virtual_tokens or config.num_virtual_tokens < 1:
