@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -74,7 +75,19 @@ def wrap(
         for parameter in frozen:  # the model as it came
             parameter.requires_grad_(True)
         raise
+    generate_rightly(cast(PeftModel, wrapped))
     return cast(PeftModel, wrapped)
+
+
+def generate_rightly(model: PeftModel) -> None:
+    """Turns the cache of past tokens off where PEFT would not find it and put the prompt before every new token.
+
+    PEFT 0.21 looks for `past_key_values`; transformers 5.24 calls it `cache` in GPT-2. Remove once PEFT knows that.
+    """
+    base: Any = model.get_base_model()
+    config = getattr(base, "generation_config", None)
+    if config is not None and "past_key_values" not in inspect.signature(base.forward).parameters:
+        config.use_cache = False
 
 
 def layers(model: PeftModel, left_out: str | None = None) -> list[Prompt]:

@@ -1,0 +1,208 @@
+"""Each task from raw rows to a folder: the step is accepted, reported, and a fresh process gives the same logits."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from onestep_peft import OneStepTrainer, StepReport, load
+from onestep_peft.tasks import logits_for
+from tests.conftest import SIGNAL_WORDS, WORDS, config_for, tiny_bert, word_tokenizer
+from tests.tasks.small import counting_texts, tagged_rows, tiny_causal_llama, tiny_gpt2, tiny_tagger
+from tests.test_load import fresh_process
+
+
+def topics(number: int, seed: int) -> list[dict[str, Any]]:
+    """Texts about any of three topics; each has eight words of its own."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(number):
+        about = [topic for topic in range(3) if draw.random() < 0.4]
+        words = [f"w{draw.randrange(24, WORDS)}" for _ in range(5)]
+        words += [f"w{topic * SIGNAL_WORDS + draw.randrange(SIGNAL_WORDS)}" for topic in about for _ in range(2)]
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "labels": [["ant", "bee", "cow"][topic] for topic in about]})
+    return rows
+
+
+def scored(number: int, seed: int) -> list[dict[str, Any]]:
+    """Texts whose score is how many good words they have more than bad ones, in tens."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(number):
+        numbers = [draw.randrange(48) for _ in range(8)]
+        score = sum((n < 8) - (8 <= n < 16) for n in numbers)
+        rows.append({"text": " ".join(f"w{n}" for n in numbers), "label": 10.0 * score + 0.5})
+    return rows
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a task is run here: its base, its rows, and what the report must say."""
+
+    base: Callable[[], PreTrainedModel]
+    rows: Callable[[int, int], list[dict[str, Any]]]
+    task: str
+    problem_type: str | None
+    labels: list[str]
+    better: str
+
+
+KINDS = {
+    "tags": Kind(
+        lambda: tiny_tagger().bert, tagged_rows, "token-classification", None,
+        ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"], "entity_f1",
+    ),
+    "topics": Kind(
+        lambda: tiny_bert().bert, topics, "text-classification", "multi_label_classification",
+        ["ant", "bee", "cow"], "f1",
+    ),
+    "score": Kind(lambda: tiny_bert().bert, scored, "text-classification", "regression", [], "pearson"),
+    "llama": Kind(tiny_causal_llama, counting_texts, "text-generation", None, [], "perplexity"),
+    "gpt2": Kind(tiny_gpt2, counting_texts, "text-generation", None, [], "perplexity"),
+}  # fmt: skip
+BATCH = {"tags": "tokens", "topics": "text", "score": "text", "llama": "text", "gpt2": "text"}
+
+
+def eos_tokenizer(name: str) -> Any:
+    tokenizer = word_tokenizer("left" if name == "llama" else "right")
+    if name in ("llama", "gpt2"):
+        tokenizer.eos_token = "[SEP]"
+    return tokenizer
+
+
+def run(folder: Path, name: str, **options: Any) -> OneStepTrainer:
+    kind = KINDS[name]
+    base = folder / "base"
+    if not base.is_dir():
+        kind.base().save_pretrained(base)
+        eos_tokenizer(name).save_pretrained(base)
+    peft_config = None if "method" in options else LoraConfig(r=4)
+    trainer = OneStepTrainer(
+        model=str(base), args=config_for(folder / options.get("method", "lora"), **options),
+        train_dataset=kind.rows(200, 1), search_dataset=kind.rows(60, 2), eval_dataset=kind.rows(60, 3),
+        peft_config=peft_config,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def sample(name: str) -> dict[str, torch.Tensor]:
+    rows = KINDS[name].rows(5, 4)
+    texts = [" ".join(row["tokens"]) if name == "tags" else row["text"] for row in rows]
+    tokens = word_tokenizer()(texts, padding=True, return_tensors="pt")
+    return {key: value for key, value in tokens.items() if key != "token_type_ids"}
+
+
+def logits_of(model: Any, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        return (
+            logits_for(model.eval(), sample(name))[sample(name)["attention_mask"].bool()]
+            if (KINDS[name].task != "text-classification")
+            else logits_for(model.eval(), sample(name))
+        )
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=KINDS.keys())
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, OneStepTrainer, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, run(folder, request.param), folder
+
+
+RELOAD = """
+import json, sys
+from onestep_peft import load
+from tests.tasks.test_run import logits_of
+
+model, tokenizer = load({folder!r})
+base = model.get_base_model() if hasattr(model, "get_base_model") else model
+print(json.dumps({{
+    "logits": logits_of(model, {name!r}).tolist(),
+    "labels": [base.config.id2label[i] for i in range(base.config.num_labels)],
+    "problem_type": getattr(base.config, "problem_type", None),
+    "class": type(base).__name__,
+    "side": tokenizer.padding_side,
+}}))
+"""
+
+
+def reloaded(folder: Path, name: str) -> Any:
+    return fresh_process(RELOAD.format(folder=str(folder), name=name))
+
+
+def test_the_step_is_accepted_and_reported(done: tuple[str, OneStepTrainer, Path]) -> None:
+    name, trainer, folder = done
+    kind, report = KINDS[name], trainer.report
+    assert report.steps[-1]["accepted"], report.summary()
+    assert (report.task, report.problem_type, report.labels) == (kind.task, kind.problem_type, kind.labels)
+    before, after = (report.metrics["head"] or report.metrics["base"]), report.metrics["after"]
+    assert after["loss"] < before["loss"]
+    if kind.better == "perplexity":
+        assert after["perplexity"] < before["perplexity"]
+    else:
+        assert after[kind.better] > max(0.2, report.metrics["base"][kind.better])
+        assert report.metrics["head"] is not None
+    config = json.loads((folder / "lora" / "adapter_config.json").read_text())
+    expected = {"token-classification": "TOKEN_CLS", "text-generation": "CAUSAL_LM"}.get(kind.task, "SEQ_CLS")
+    assert config["task_type"] == expected
+    assert StepReport.from_json((folder / "lora" / "onestep.json").read_text()).class_recall == report.class_recall
+
+
+def test_a_fresh_process_gives_the_same_logits(done: tuple[str, OneStepTrainer, Path]) -> None:
+    name, trainer, folder = done
+    found = reloaded(folder / "lora", name)
+    difference = (torch.tensor(found["logits"]) - logits_of(trainer.model, name)).abs().max()
+    assert float(difference) < 1e-5
+    if KINDS[name].labels:
+        assert found["labels"] == KINDS[name].labels
+    if KINDS[name].problem_type:
+        assert found["problem_type"] == KINDS[name].problem_type
+    # Padding on the right is the trainer's own affair.
+    assert found["side"] == eos_tokenizer(name).padding_side
+
+
+@pytest.mark.parametrize("name", ["tags", "topics", "score", "llama", "gpt2"])
+def test_whole_models_come_back_too(name: str, tmp_path: Path) -> None:
+    trainer = run(tmp_path, name, method="full", direction="sgd", step_size=0.01, guard=False)
+    found = reloaded(tmp_path / "full", name)
+    assert found["class"] == type(trainer.model).__name__
+    assert float((torch.tensor(found["logits"]) - logits_of(trainer.model, name)).abs().max()) < 1e-5
+    assert found["problem_type"] == KINDS[name].problem_type
+
+
+@pytest.mark.parametrize("name", ["tags", "llama", "gpt2"])
+def test_prompts_come_back_too(name: str, tmp_path: Path) -> None:
+    trainer = run(tmp_path, name, method="prompt_tuning")
+    found = reloaded(tmp_path / "prompt_tuning", name)
+    assert float((torch.tensor(found["logits"]) - logits_of(trainer.model, name)).abs().max()) < 1e-5
+    step = trainer.report.steps[-1]
+    assert step["accepted"] and step["loss_after"] < step["loss_before"], trainer.report.summary()
+    # 20 of the model's 64 positions are the prompt's.
+    assert trainer.tokenise._max_length() == 44
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_reloaded_language_model_goes_on_with_a_text(name: str, method: str, tmp_path: Path) -> None:
+    run(tmp_path, name, **({"method": method} if method != "lora" else {}))
+    model, tokenizer = load(tmp_path / method)
+    tokens = tokenizer("w3 w4 w5 w6", return_tensors="pt")
+    ids, mask = tokens["input_ids"][:, :-1], tokens["attention_mask"][:, :-1]  # without the closing token
+    generated = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    by_hand = ids
+    with torch.no_grad():
+        for _ in range(generated.shape[1] - ids.shape[1]):
+            logits = model(input_ids=by_hand, attention_mask=torch.ones_like(by_hand)).logits
+            by_hand = torch.cat([by_hand, logits[:, -1:].argmax(-1)], 1)
+    assert generated.shape[1] > ids.shape[1]
+    assert generated.tolist() == by_hand.tolist()
