@@ -74,7 +74,7 @@ def _adapted(folder: Path, report: StepReport, base_model: str | None) -> tuple[
         ) from error
     adapted = PeftModel.from_pretrained(model, str(folder))
     if report.method == prompt_tuning.name:
-        prompt_tuning.generate_rightly(adapted)
+        prompt_tuning.settle(adapted)
     return adapted, base
 
 

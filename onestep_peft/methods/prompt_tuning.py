@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from onestep_peft.methods.lora import SAVED_BY_PEFT
 from onestep_peft.step.layers import Prompt
@@ -75,19 +76,32 @@ def wrap(
         for parameter in frozen:  # the model as it came
             parameter.requires_grad_(True)
         raise
-    generate_rightly(cast(PeftModel, wrapped))
+    settle(cast(PeftModel, wrapped))
     return cast(PeftModel, wrapped)
 
 
-def generate_rightly(model: PeftModel) -> None:
-    """Turns the cache of past tokens off where PEFT would not find it and put the prompt before every new token.
+def settle(model: PeftModel) -> None:
+    """Makes a model with a prompt answer as one expects, where PEFT alone would not.
 
-    PEFT 0.21 looks for `past_key_values`; transformers 5.24 calls it `cache` in GPT-2. Remove once PEFT knows that.
+    A classifier of tokens answers for the row's own tokens only: a pipeline counts from the first answer on.
+
+    A language model generates without a cache of past tokens where PEFT would not find it, and would put the prompt
+    before every new token: PEFT 0.21 looks for `past_key_values`, which transformers 5.24 calls `cache`. Remove once
+    PEFT knows that name.
     """
     base: Any = model.get_base_model()
+    if model.peft_config[str(model.active_adapter)].task_type == "TOKEN_CLS":
+        model.register_forward_hook(_without_prompt, with_kwargs=True)
     config = getattr(base, "generation_config", None)
     if config is not None and "past_key_values" not in inspect.signature(base.forward).parameters:
         config.use_cache = False
+
+
+def _without_prompt(_model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
+    ids = inputs.get("input_ids", args[0] if args else None)
+    if ids is not None and isinstance(output, ModelOutput):
+        output["logits"] = output["logits"][:, -ids.shape[1] :]
+    return output
 
 
 def layers(model: PeftModel, left_out: str | None = None) -> list[Prompt]:

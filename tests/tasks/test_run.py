@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForTokenClassification, LoraConfig
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from onestep_peft import OneStepTrainer, StepReport, load
+from onestep_peft.hub import probe
+from onestep_peft.hub.card import card
+from onestep_peft.prediction import predictions
 from onestep_peft.tasks import logits_for
 from tests.conftest import SIGNAL_WORDS, WORDS, config_for, tiny_bert, word_tokenizer
 from tests.tasks.small import counting_texts, tagged_rows, tiny_causal_llama, tiny_gpt2, tiny_tagger
@@ -206,3 +211,135 @@ def test_a_reloaded_language_model_goes_on_with_a_text(name: str, method: str, t
             by_hand = torch.cat([by_hand, logits[:, -1:].argmax(-1)], 1)
     assert generated.shape[1] > ids.shape[1]
     assert generated.tolist() == by_hand.tolist()
+
+
+def test_predictions_are_a_tasks_own(done: tuple[str, OneStepTrainer, Path]) -> None:
+    name, _, folder = done
+    model, tokenizer = load(folder / "lora")
+    lines = list(predictions(model, tokenizer, ["w1 w2 w50 w60", "w9 w70 w40"]))
+    if name == "tags":
+        assert [line.split()[-1] for line in lines if not line.startswith(" ")] == ["w60", "w40"]
+        assert any(line.split()[0] == "PER" and "w1" in line for line in lines)
+        assert any(line.split()[0] == "LOC" and "w9" in line for line in lines)
+    elif name == "topics":
+        text = KINDS[name].rows(30, 5)
+        lines = list(predictions(model, tokenizer, [row["text"] for row in text]))
+        for row, line in zip(text, lines, strict=True):
+            with torch.no_grad():
+                (scores,) = model(**tokenizer(row["text"], return_tensors="pt")).logits.sigmoid()
+            there = {
+                f"{label} {score:.3f}" for label, score in zip(KINDS[name].labels, scores, strict=True) if score > 0.5
+            }
+            said, text_ = line.split("  ", 1)
+            assert set(said.split(", ")) == (there or {"-"}) and text_ == row["text"]
+    elif name == "score":
+        good, bad = (float(line.split()[0]) for line in lines)
+        assert good > bad and lines[0].endswith("w60")
+    else:
+        assert lines[0].startswith("w1 w2 w50 w60 ")
+
+
+def test_a_pipeline_counts_tokens_behind_a_prompt_from_the_rows_first(tmp_path: Path) -> None:
+    run(tmp_path, "tags", method="prompt_tuning", direction="sgd")
+    model, tokenizer = load(tmp_path / "prompt_tuning")
+    tokens = tokenizer("w1 w2 w50", return_tensors="pt")
+    tokens.pop("token_type_ids", None)
+    with torch.no_grad():
+        assert model(**tokens).logits.shape[1] == tokens["input_ids"].shape[1]
+        assert torch.equal(model(**tokens).logits, logits_for(model, tokens))
+
+
+def test_recall_of_classes_is_reported_and_shown(done: tuple[str, OneStepTrainer, Path]) -> None:
+    name, trainer, _ = done
+    kind, report = KINDS[name], trainer.report
+    if not kind.labels:
+        assert report.class_recall == {} and report.class_counts == {}
+        return
+    rows = kind.rows(60, 3)
+    column = "ner_tags" if name == "tags" else "labels"
+    counts = {label: sum(row[column].count(label) for row in rows) for label in kind.labels}
+    assert report.class_counts == counts
+    assert set(report.class_recall) == {"base", "head", "after"}
+    with torch.no_grad():
+        found = dict.fromkeys(kind.labels, 0)
+        for row in rows:
+            text = " ".join(row["tokens"]) if name == "tags" else row["text"]
+            tokens = word_tokenizer()(text, return_tensors="pt")
+            (logits,) = trainer.model.eval()(**tokens).logits
+            if name == "tags":
+                for tag, scores in zip(row[column], logits[1:-1], strict=True):
+                    found[tag] += kind.labels[int(scores.argmax())] == tag
+            else:
+                for label in row[column]:
+                    found[label] += bool(logits[kind.labels.index(label)] > 0)
+    assert report.class_recall["after"] == {label: pytest.approx(found[label] / counts[label]) for label in kind.labels}
+    assert "recall of each class" in report.table()
+
+
+def test_of_many_classes_the_worst_are_shown() -> None:
+    recall = {f"c{i}": i / 100 for i in range(30)}
+    report = StepReport(
+        metrics={"base": {"loss": 1.0}, "head": None, "after": {"loss": 0.5}},
+        class_recall={"base": recall, "after": {**recall, "c29": 0.0}}, class_counts=dict.fromkeys(recall, 7),
+    )  # fmt: skip
+    table = report.table()
+    assert "recall of the 10 worst of 30 classes" in table
+    shown = [line.split() for line in table.splitlines() if line.startswith("c")]
+    assert shown[:2] == [["c0", "7", "0.0000", "0.0000"], ["c29", "7", "0.2900", "0.0000"]] and len(shown) == 10
+
+
+@pytest.mark.parametrize("name", ["tags", "gpt2"])
+def test_the_card_loads_it_with_the_tasks_own_class(name: str, tmp_path: Path) -> None:
+    trainer = run(tmp_path, name, direction="sgd", step_size=0.01, guard=False)
+    text = card(trainer.report, "user/adapter")
+    assert ModelCard(text).data.pipeline_tag == KINDS[name].task
+    if name == "tags":
+        assert 'AutoPeftModelForTokenClassification.from_pretrained("user/adapter", num_labels=5).eval()' in text
+        assert "`B-LOC`" in text
+        plain: Any = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "lora", num_labels=5)
+    else:
+        assert 'AutoPeftModelForCausalLM.from_pretrained("user/adapter").eval()' in text and "Classes" not in text
+        plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    assert float((logits_of(plain, name) - logits_of(trainer.model, name)).abs().max()) < 1e-5
+
+
+def test_a_language_models_record_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "LOGITS_MAX", 6 * 100)
+    run(tmp_path, "gpt2", direction="sgd", step_size=0.01, guard=False)
+    logits = load_file(tmp_path / "lora" / probe.FILE)[probe.LOGITS]
+    assert logits.shape == (3, 2, 100)  # rows, tokens, vocabulary
+    found = probe.compare(tmp_path / "lora")
+    assert found["difference"] <= found["tolerance"]
+
+
+def test_models_that_are_made_anew_carry_the_tasks_names(tmp_path: Path) -> None:
+    trainer = OneStepTrainer(
+        model_init=lambda: tiny_bert(num_labels=3), args=config_for(tmp_path), train_dataset=topics(80, 1),
+        processing_class=word_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.task.problem_type == "multi_label_classification"
+    config = trainer.model.get_base_model().config
+    assert config.problem_type == "multi_label_classification" and config.id2label == {0: "ant", 1: "bee", 2: "cow"}
+
+
+def test_a_task_that_the_model_is_not_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`task='text-generation'`, but BertForSequence.* is for text-classification"):
+        OneStepTrainer(
+            model=tiny_bert(), args=config_for(tmp_path), train_dataset=[{"text": "w1"}], task="text-generation",
+            processing_class=word_tokenizer(),
+        )  # fmt: skip
+
+
+def test_rows_are_cut_at_max_length_and_a_length_beyond_the_model_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": tiny_gpt2(), "processing_class": eos_tokenizer("gpt2")}
+    rows = [*({"text": "w1 w2 w3"} for _ in range(3)), {"text": " ".join(["w1"] * 30)}]
+    trainer = OneStepTrainer(
+        args=config_for(tmp_path, max_length=10, direction="sgd", step_size=0.1), train_dataset=rows, **options
+    )
+    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 10
+    assert len(trainer.pass_rows) > 4 and trainer.tokenise.numbers("train_dataset", trainer.pass_rows) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="`max_length=65`, but the model has 64 positions. Use at most 64"):
+        OneStepTrainer(args=config_for(tmp_path, max_length=65), train_dataset=rows, **options)
+    with pytest.raises(ValueError, match="`max_length=1` must be at least 2"):
+        config_for(tmp_path, max_length=1)
