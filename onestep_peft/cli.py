@@ -199,8 +199,8 @@ def predict(arguments: list[str]) -> None:
     options: PredictOptions = _build(PredictOptions, given)
     _be_quiet()
 
+    from onestep_peft.answers import predictions
     from onestep_peft.hub.load import load
-    from onestep_peft.prediction import predictions
 
     model, tokenizer = load(given["folder"], options.revision, base_model=options.base_model)
     for line in predictions(model, tokenizer, given["texts"]):

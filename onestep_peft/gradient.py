@@ -125,7 +125,7 @@ class ExactGradientTrainer(Trainer):
 
     def name_rows(self, positions: Sequence[int]) -> str:
         """Rows of the current micro-batch as the user counts them."""
-        if self.accelerator.num_processes > 1 or self.args.train_sampling_strategy != "sequential":
+        if self.accelerator.num_processes > 1:
             return f"{len(positions)} rows"
         return self.named([self.pass_rows[self._cursor + position] for position in positions], "train_dataset")
 

@@ -157,6 +157,7 @@ class Adapted:
     Args:
         model: A PeftModel, or the model itself for full weights.
         method: What of it moves.
+        fresh: Names of the modules that no checkpoint filled.
         head: Name of the head's last layer where it is fresh, else None.
         base_revision: The base's commit, or None for a folder.
     """
@@ -164,6 +165,7 @@ class Adapted:
     model: nn.Module
     method: Method
     task: Task
+    fresh: Sequence[str]
     head: str | None
     base_revision: str | None
 
@@ -190,7 +192,7 @@ def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int 
         config = model.peft_config[str(model.active_adapter)]
         method.validate(config)
         fresh = head.fresh_copies(base) if task.has_head and _is_untrained(model, method) else []
-        return Adapted(model, method, task, head.last_layer(base, fresh, classes), config.revision)
+        return Adapted(model, method, task, fresh, head.last_layer(base, fresh, classes), config.revision)
     if peft_config is None:
         peft_config = method.default()
     fresh = head.fresh_modules(model) if task.has_head else []
@@ -198,7 +200,8 @@ def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int 
     # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
     config = copy.deepcopy(peft_config)
     revision = getattr(config, "revision", None) or pinned(base.config.name_or_path)
-    return Adapted(method.wrap(base, config, fresh, revision, task.peft_task_type), method, task, last, revision)
+    wrapped = method.wrap(base, config, fresh, revision, task.peft_task_type)
+    return Adapted(wrapped, method, task, fresh, last, revision)
 
 
 def _is_untrained(model: PeftModel, method: Method) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from onestep_peft.step.line_search import SearchResult
 from onestep_peft.step.optimizer import StepOutcome
 
 FILE = "onestep.json"
@@ -205,6 +206,14 @@ def step_record(outcome: StepOutcome) -> dict[str, Any]:
         "energy_lost": outcome.energy_lost,
         "head_refitted": outcome.head_refitted,
     }
+
+
+def outcome_of(record: dict[str, Any]) -> StepOutcome:
+    """The outcome that an entry of `StepReport.steps` was made of, its times aside."""
+    searched = [
+        (one["direction"], SearchResult([tuple(point) for point in one["points"]])) for one in record["candidates"]
+    ]
+    return StepOutcome(**{**record, "candidates": searched})
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from onestep_peft.config import OneStepConfig
 from onestep_peft.errors import nearest
-from onestep_peft.gradient import ExactGradientTrainer
+from onestep_peft.interruption import ResumableTrainer
 from onestep_peft.report import HELD_OUT, StepReport
 from onestep_peft.tally import Tally
 from onestep_peft.wrapping import config_of, labels_of
@@ -22,7 +22,7 @@ from onestep_peft.wrapping import config_of, labels_of
 LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
-class ScoringTrainer(ExactGradientTrainer):
+class ScoringTrainer(ResumableTrainer):
     """Takes rows with text wherever Trainer takes tokens, and scores them on the way."""
 
     report: StepReport

@@ -42,7 +42,7 @@ from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
-from onestep_peft.wrapping import config_of, labels_of
+from onestep_peft.wrapping import base_of, config_of, labels_of
 
 
 class OneStepTrainer(HeadTrainer):
@@ -185,12 +185,13 @@ class OneStepTrainer(HeadTrainer):
         self.optimizer, self._head_done = None, False
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
-        before = Snapshot(self._trainable())
+        before = Snapshot(self.trainable())
         began = time.perf_counter()
         try:
-            with contextlib.ExitStack() as self._stack:
-                output = super().train(*args, **kwargs)
-            self.measure("after")
+            with self.resumable():
+                with contextlib.ExitStack() as self._stack:
+                    output = super().train(*args, **kwargs)
+                self.measure("after")
         except BaseException:
             before.restore()
             raise
@@ -206,14 +207,14 @@ class OneStepTrainer(HeadTrainer):
             return
         self.held_out = self._make_held_out()
         self.check_target()
-        if self.state.global_step > 0:  # a resumed run: its head was fitted before its first step
-            return
+        self._head_done = True
+        if self.state.global_step > 0 or self.resume_run(base_of(self.bare_model), self.adapted.fresh):
+            return  # the head was fitted before the first step
         self.measure("base")
         if self.fits_head():
             with self.clock("head"):
                 self.fit_head()
             self.measure("head")
-        self._head_done = True
 
     def end_step(self) -> bool:
         """After a step: books its times, fits the head to the moved body; returns whether to stop here."""
@@ -237,7 +238,7 @@ class OneStepTrainer(HeadTrainer):
             )
             whitened = not WHITENED.isdisjoint(self.directions)
             self.optimizer = OneStepOptimizer(
-                self._trainable(),
+                self.trainable(),
                 settings,
                 layers=layers,
                 statistics=self._stack.enter_context(observed(layers, whitened)),
@@ -263,8 +264,16 @@ class OneStepTrainer(HeadTrainer):
         fitted = self.adapted.head if self.fits_head() else None
         return self._method.layers(self.bare_model, fitted)
 
-    def _trainable(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that a run may change."""
         return [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
+
+    def settings_of_the_pass(self) -> dict[str, Any]:
+        """What the sums of a pass depend on, beside rows and model."""
+        config = self._config
+        names = ("fit_head", "seed", "bf16", "bf16_full_eval", "gradient_checkpointing")
+        settings = {name: getattr(config, name) for name in names}
+        return {**settings, "method": self._method.name, "task": self.task.name, "directions": self.directions}
 
     def _show_point(self, direction: str, step_size: float, loss: float) -> None:
         if self._progress is not None:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from onestep_peft import OneStepTrainer, StepReport, load
+from onestep_peft.answers import predictions
 from onestep_peft.hub import probe
 from onestep_peft.hub.card import card
-from onestep_peft.prediction import predictions
 from onestep_peft.tasks import logits_for
 from tests.conftest import SIGNAL_WORDS, WORDS, config_for, tiny_bert, word_tokenizer
 from tests.tasks.small import counting_texts, tagged_rows, tiny_causal_llama, tiny_gpt2, tiny_tagger
