@@ -77,7 +77,10 @@ def guess_columns(
         return Columns(tuple(given) or _guess_generation(rows), None)
     label = label or _first(rows, TAG_COLUMNS if task is TOKEN_CLASSIFICATION else LABEL_COLUMNS)
     if label is None:
-        raise ValueError(f"No label column among {names}. Name it: `label_column=` (`--label-column` in the shell).")
+        raise ValueError(
+            f"No label column among {names}. Name it: `label_column=` (`--label-column` in the shell); or, if the text "
+            'itself is to be learnt, pass `task="text-generation"` (`--task`).'
+        )
     if task is TOKEN_CLASSIFICATION:
         return Columns(tuple(given) or _guess_words(rows), label)
     return Columns(tuple(given) or _guess_text(rows, label), label, is_multi_hot(rows, label))

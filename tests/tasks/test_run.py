@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForTokenClassification, LoraConfig
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from onestep_peft import OneStepTrainer, StepReport, load
+from onestep_peft import OneStepTrainer, StepReport, head_trainer, load
 from onestep_peft.answers import predictions
 from onestep_peft.hub import probe
 from onestep_peft.hub.card import card
 from onestep_peft.tasks import logits_for
-from tests.conftest import SIGNAL_WORDS, WORDS, config_for, tiny_bert, word_tokenizer
+from tests.conftest import SIGNAL_WORDS, WORDS, bits, config_for, tiny_bert, word_tokenizer
 from tests.tasks.small import counting_texts, tagged_rows, tiny_causal_llama, tiny_gpt2, tiny_tagger
 from tests.test_load import fresh_process
 
@@ -343,3 +344,47 @@ def test_rows_are_cut_at_max_length_and_a_length_beyond_the_model_is_refused(tmp
         OneStepTrainer(args=config_for(tmp_path, max_length=65), train_dataset=rows, **options)
     with pytest.raises(ValueError, match="`max_length=1` must be at least 2"):
         config_for(tmp_path, max_length=1)
+
+
+def test_a_head_is_fitted_to_a_sample_of_many_tokens_whatever_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_trainer, "TOKENS_MAX", 100)
+    rows = tagged_rows(80, 1)
+    heads = []
+    for i, some in enumerate([rows, random.Random(1).sample(rows, len(rows))]):
+        trainer = OneStepTrainer(
+            model=tiny_tagger(), args=config_for(tmp_path / str(i), direction="sgd", guard=False),
+            train_dataset=some, search_dataset=tagged_rows(20, 2), processing_class=word_tokenizer(),
+        )  # fmt: skip
+        numbers = trainer._head_rows()
+        tokens = [len(some[trainer.pass_rows[i]]["tokens"]) for i in numbers]
+        assert 100 <= sum(tokens) < 100 + 12
+        trainer.held_out = None
+        trainer.fit_head()
+        heads.append(bits(trainer.model.get_base_model().classifier))
+    for name, value in heads[0].items():
+        assert torch.allclose(value, heads[1][name], atol=1e-4), name
+
+
+def test_tokens_and_a_bases_name_are_enough_where_the_task_is_named(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    eos_tokenizer("gpt2").save_pretrained(tmp_path / "base")
+    rows = Dataset.from_dict(
+        {"input_ids": [word_tokenizer()(row["text"])["input_ids"] for row in counting_texts(9, 1)]}
+    )
+    options: dict[str, Any] = {
+        "model": str(tmp_path / "base"), "train_dataset": rows,
+        "args": config_for(tmp_path / "out", direction="sgd", step_size=0.1),
+    }  # fmt: skip
+    assert OneStepTrainer(task="text-generation", **options).task.name == "text-generation"
+    with pytest.raises(ValueError, match="is a name, so its task and classes must come from rows with text"):
+        OneStepTrainer(**options)
+    with pytest.raises(ValueError, match="is a name, so its classes must come from rows with text"):
+        OneStepTrainer(task="token-classification", **options)
+
+
+def test_rows_that_no_label_column_goes_with_are_pointed_to_text_generation(tmp_path: Path) -> None:
+    rows = [{"text": "w1", "id": i} for i in range(9)]
+    with pytest.raises(ValueError, match='No label column.*`task="text-generation"`'):
+        OneStepTrainer(model="unused", args=config_for(tmp_path), train_dataset=rows)
