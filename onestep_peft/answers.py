@@ -35,7 +35,7 @@ def predictions(model: Any, tokenizer: Any, texts: Sequence[str]) -> Iterator[st
         yield from (_continued(model, tokenizer, text) for text in texts)
         return
     if task is TOKEN_CLASSIFICATION:
-        tag: Any = cast(Any, pipeline)(task.name, model=model, tokenizer=tokenizer, aggregation_strategy="simple")
+        tag: Any = cast(Any, pipeline)(task.name, model=model, tokenizer=tokenizer, aggregation_strategy="first")
         for text, found in zip(texts, tag(list(texts)), strict=True):
             yield from _entities(text, found)
         return
