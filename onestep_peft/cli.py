@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from onestep_peft.errors import PushError, nearest
 from onestep_peft.version import __version__
@@ -20,7 +20,7 @@ Adapt a pretrained model in one optimization step.
 
 commands:
   train     adapt a model to a data set:  onestep train --model M --dataset D --output-dir OUT
-  predict   classify texts:               onestep predict OUT "text" ...
+  predict   use it on texts:              onestep predict OUT "text" ...
   push      share it on the Hub:          onestep push OUT user/name
 
 `onestep COMMAND --help` lists a command's options.
@@ -36,6 +36,10 @@ class TrainOptions:
 
     model: str = field(metadata={"help": "The base: a Hub id or a folder."})
     dataset: str = field(metadata={"help": "Rows: a Hub id, a .jsonl, .csv or .parquet file, or a folder of them."})
+    task: str | None = field(
+        default=None,
+        metadata={"help": "text-classification, token-classification or text-generation (default: by the columns)."},
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     search_dataset: str | None = field(
         default=None, metadata={"help": "Rows that choose the step (default: a validation split, else held out)."}
@@ -44,9 +48,10 @@ class TrainOptions:
         default=None, metadata={"help": "Rows that report (default: a test split, else a validation split)."}
     )
     text_column: list[str] = field(
-        default_factory=list, metadata={"help": "The column with the text, or two for pairs (default: guessed)."}
+        default_factory=list,
+        metadata={"help": "The column with the text, or two for pairs or completions (default: guessed)."},
     )
-    label_column: str | None = field(default=None, metadata={"help": "The column with the class (default: guessed)."})
+    label_column: str | None = field(default=None, metadata={"help": "The column with the labels (default: guessed)."})
     metrics: list[str] = field(
         default_factory=list, metadata={"help": "accuracy, precision, recall, f1, or any name evaluate.load finds."}
     )
@@ -148,6 +153,7 @@ def _trainer(options: TrainOptions, config: Any) -> Any:
         metrics=options.metrics or None,
         text_column=options.text_column or None,
         label_column=options.label_column,
+        task=options.task,
     )
 
 
@@ -193,17 +199,12 @@ def predict(arguments: list[str]) -> None:
     options: PredictOptions = _build(PredictOptions, given)
     _be_quiet()
 
-    from transformers import pipeline
-
+    from onestep_peft.answers import predictions
     from onestep_peft.hub.load import load
-    from onestep_peft.wrapping import config_of
 
-    texts = given["texts"]
     model, tokenizer = load(given["folder"], options.revision, base_model=options.base_model)
-    classify: Any = cast(Any, pipeline)("text-classification", model=model, tokenizer=tokenizer)
-    width = max(len(str(label)) for label in config_of(model).id2label.values())
-    for text, result in zip(texts, classify(texts, truncation=True), strict=True):
-        print(f"{result['label']:{width}}  {result['score']:.3f}  {text}")
+    for line in predictions(model, tokenizer, given["texts"]):
+        print(line)
 
 
 def push(arguments: list[str]) -> None:

@@ -44,6 +44,8 @@ class OneStepConfig(TrainingArguments):
         search_rows_max: The most rows that are held out of the training set.
         guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
             nothing is held out of its rows.
+        max_length: Tokens of a row with text, the special ones counted; longer rows are cut, and plain texts for text
+            generation are taken in pieces. None for the model's limit, at most 512.
         guard_confidence: Below this share of resampled row sets that show a gain, the report calls it weak.
         save_pass_minutes: Save the sums of the pass so often, in minutes, so that an interrupted run goes on where it
             was; 0 for never.
@@ -69,6 +71,9 @@ class OneStepConfig(TrainingArguments):
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
     guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
     guard_confidence: float = field(default=0.95, metadata={"help": "Below this a gain is called weak."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a row (default: the model's limit, at most 512)."}
+    )
     save_pass_minutes: float = field(default=5.0, metadata={"help": "Save the unfinished pass so often (0: never)."})
     save_pass_batches: int | None = field(default=None, metadata={"help": "The same, every so many micro-batches."})
     save_strategy: str = field(default="no", metadata={"help": "Trainer's checkpoints (default: none)."})
@@ -97,6 +102,8 @@ class OneStepConfig(TrainingArguments):
             _check_range("save_pass_batches", self.save_pass_batches, 1, None, "None", whole=True)
         if self.rank is not None:
             _check_range("rank", self.rank, 1, None, "8", whole=True)
+        if self.max_length is not None:
+            _check_range("max_length", self.max_length, 2, None, "None", whole=True)
         if self.stop_at is not None:
             _check_range("stop_at", self.stop_at, -math.inf, None, "None")
         if not isinstance(self.guard, bool):

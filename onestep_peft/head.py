@@ -16,6 +16,8 @@ from onestep_peft.tasks.task import UNLABELLED
 
 # Ridge penalties that are tried, from the strongest on, in units of the features' variance.
 PENALTIES = tuple(10 ** (-i / 2) for i in range(0, 9))
+# Largest entry of the gradient at which L-BFGS stops: to compare penalties, and for the head that is kept.
+ROUGH, CONVERGED = 1e-4, 1e-6
 
 
 def fresh_modules(model: nn.Module) -> list[str]:
@@ -204,8 +206,8 @@ def fit(
 
     That is multinomial logistic regression for one class an item, an independent one for each of several labels, and
     ridge least squares for numbers. Penalties are tried from the strongest on, each from the last one's solution,
-    until the held-out loss has risen twice. Without held-out items the penalty is 1/items (scikit-learn's default
-    C = 1). Items without a label are left out.
+    until the held-out loss has risen twice; the best one's is then refined. Without held-out items the penalty is
+    1/items (scikit-learn's default C = 1). Items without a label are left out.
 
     Args:
         x: `(items, d)`.
@@ -215,9 +217,6 @@ def fit(
         bias: Whether the layer has a bias.
     """
 
-    def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return task.row_losses(logits, labels).mean()
-
     x, labels = _labelled(x, labels, task)
     held_out = _labelled(*held_out, task) if held_out is not None else None
     mean = x.double().mean(0) if bias else torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
@@ -226,16 +225,25 @@ def fit(
     def standardised(features: Tensor) -> Tensor:
         return (features.double() - mean) / scale
 
+    def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return task.row_losses(logits, labels).mean()
+
+    def minimised(weight: Tensor, offset: Tensor, penalty: float, tolerance: float) -> tuple[Tensor, Tensor]:
+        return _minimise(lambda logits: mean_loss(logits, labels), z, weight, offset, penalty, bias, tolerance)
+
+    def held_out_loss(weight: Tensor, offset: Tensor) -> float | None:
+        if held_out is None:
+            return None
+        return float(mean_loss(standardised(held_out[0]) @ weight.T + offset, held_out[1]))
+
     z = standardised(x)
     weight = torch.zeros(outputs, x.shape[1], dtype=torch.float64, device=x.device)
     offset = torch.zeros(outputs, dtype=torch.float64, device=x.device)
     best: tuple[float | None, float, Tensor, Tensor] | None = None
     rises = 0
     for penalty in PENALTIES if held_out is not None else (1 / len(x),):
-        weight, offset = _minimise(lambda logits: mean_loss(logits, labels), z, weight, offset, penalty, bias)
-        loss = None
-        if held_out is not None:
-            loss = float(mean_loss(standardised(held_out[0]) @ weight.T + offset, held_out[1]))
+        weight, offset = minimised(weight, offset, penalty, ROUGH)
+        loss = held_out_loss(weight, offset)
         if best is None or loss is None or loss < (best[0] or 0.0):
             best, rises = (loss, penalty, weight, offset), 0
         else:
@@ -243,7 +251,9 @@ def fit(
             if rises == 2:
                 break
     assert best is not None
-    loss, penalty, weight, offset = best
+    _, penalty, weight, offset = best
+    weight, offset = minimised(weight, offset, penalty, CONVERGED)
+    loss = held_out_loss(weight, offset)
     weight = weight / scale
     return HeadFit(weight, offset - weight @ mean if bias else None, penalty, loss)
 
@@ -255,14 +265,20 @@ def _labelled(x: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
 
 
 def _minimise(
-    loss_of: Callable[[Tensor], Tensor], z: Tensor, weight: Tensor, offset: Tensor, penalty: float, bias: bool
+    loss_of: Callable[[Tensor], Tensor],
+    z: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    penalty: float,
+    bias: bool,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     weight, offset = weight.clone().requires_grad_(), offset.clone().requires_grad_(bias)
     solver = torch.optim.LBFGS(
         [weight, offset] if bias else [weight],
         max_iter=300,
         history_size=20,
-        tolerance_grad=1e-7,
+        tolerance_grad=tolerance,
         tolerance_change=1e-12,
         line_search_fn="strong_wolfe",
     )

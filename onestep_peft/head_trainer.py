@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from onestep_peft import head
 from onestep_peft.callbacks import StepProgress
 from onestep_peft.config import OneStepConfig
-from onestep_peft.gradient import named_rows, not_finite
+from onestep_peft.gradient import not_finite
 from onestep_peft.held_out import HeldOut, by_content, listed, padded, select
 from onestep_peft.hub.sharing import SharingTrainer
 from onestep_peft.preparation import Adapted
@@ -67,7 +67,7 @@ class HeadTrainer(SharingTrainer):
         bad = found.rows[~torch.isfinite(found.x).all(1)].unique().tolist()
         if bad:
             alone = self.accelerator.num_processes == 1
-            named = named_rows([self.pass_rows[numbers[i]] for i in bad], "train_dataset") if alone else "some rows"
+            named = self.named([self.pass_rows[numbers[i]] for i in bad], "train_dataset") if alone else "some rows"
             raise ValueError(not_finite(float("nan"), named))
         held = None
         if self.held_out is not None:

@@ -20,6 +20,8 @@ PICTURE = "search.png"
 VERSION = 1
 STAGES = ("base", "head", "after")
 HELD_OUT = "held-out rows"
+# Of more classes than these, the table shows the worst.
+CLASSES_SHOWN, WORST_SHOWN = 20, 10
 
 
 @dataclass
@@ -102,9 +104,27 @@ class StepReport:
             scores = self.metrics[stage] or {}
             cells = (f"{scores[name]:>{width + 2}.4f}" if name in scores else " " * (width + 2) for name in names)
             lines.append("".join([f"{stage:8}", *cells]))
+        lines += self._recall_lines()
         if self.scored_on == HELD_OUT:
             lines.append("(on the held-out rows, which also chose the step: expect a little less on other rows)")
         return "\n".join(lines) + "\n"
+
+    def _recall_lines(self) -> list[str]:
+        """How many of each class' items are found at each stage; of many classes the worst."""
+        stages = [stage for stage in STAGES if self.class_recall.get(stage)]
+        if not stages:
+            return []
+        last = self.class_recall[stages[-1]]
+        shown, title = list(last), "recall of each class"
+        if len(last) > CLASSES_SHOWN:
+            shown = sorted(last, key=lambda label: last[label])[:WORST_SHOWN]
+            title = f"recall of the {WORST_SHOWN} worst of {len(last)} classes"
+        width = max(8, *(len(label) for label in shown))
+        lines = [f"{title}:", "".join([f"{'':{width}}{'items':>10}", *(f"{stage:>10}" for stage in stages)])]
+        for label in shown:
+            cells = (f"{self.class_recall[stage][label]:>10.4f}" for stage in stages)
+            lines.append("".join([f"{label:{width}}{self.class_counts[label]:>10}", *cells]))
+        return lines
 
     def summary(self) -> str:
         """What each step did, a line each."""

@@ -14,7 +14,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from onestep_peft.config import OneStepConfig
 from onestep_peft.errors import nearest
 from onestep_peft.interruption import ResumableTrainer
-from onestep_peft.preparation import Tokeniser
 from onestep_peft.report import HELD_OUT, StepReport
 from onestep_peft.tally import Tally
 from onestep_peft.wrapping import config_of, labels_of
@@ -27,7 +26,6 @@ class ScoringTrainer(ResumableTrainer):
     """Takes rows with text wherever Trainer takes tokens, and scores them on the way."""
 
     report: StepReport
-    tokenise: Tokeniser
     held_rows: Any
     seconds: dict[str, float]
     _tally: Tally | None = None

@@ -29,11 +29,12 @@ from onestep_peft import preparation
 from onestep_peft.callbacks import StepCallback, StepProgress
 from onestep_peft.collation import check_lengths, collator_for
 from onestep_peft.config import AUTO, OneStepConfig
-from onestep_peft.gradient import named_rows, not_finite
+from onestep_peft.gradient import not_finite
 from onestep_peft.head_trainer import HeadTrainer
 from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, padded, select, split_rows
 from onestep_peft.methods import check_directions, method_for, prompt_tuning
 from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
+from onestep_peft.rows import Sets
 from onestep_peft.saving import check_folder, check_free, portable, save_model_files, save_whole
 from onestep_peft.step import processes
 from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
@@ -42,7 +43,6 @@ from onestep_peft.step.line_search import affordable
 from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
-from onestep_peft.tasks import task_of
 from onestep_peft.wrapping import base_of, config_of, labels_of
 
 
@@ -67,8 +67,9 @@ class OneStepTrainer(HeadTrainer):
         metrics: Names or `evaluate.Metric` objects; default by task.
         compute_metrics: As in Trainer, in place of `metrics`.
         model_init: As in Trainer, in place of `model`.
-        text_column: The column with the text, or two of them for pairs; guessed where it is clear.
-        label_column: The column with the class; guessed where it is clear.
+        text_column: The column with the text (or words, or messages), or two of them: a pair of texts, or a prompt and
+            its completion; guessed where it is clear.
+        label_column: The column with the labels; guessed where it is clear.
         callbacks: As in Trainer.
         preprocess_logits_for_metrics: As in Trainer, beside `compute_metrics`.
         task: "text-classification", "token-classification" or "text-generation"; default what the model's class says,
@@ -111,15 +112,19 @@ class OneStepTrainer(HeadTrainer):
         template = model_init() if model is None and model_init is not None else model
         if template is None:
             raise ValueError("`model` is missing: give a model, its name, or `model_init`.")
-        sets = preparation.Sets(train_dataset, search_dataset, eval_dataset)
-        prepared = preparation.prepare(template, processing_class, sets, text_column, label_column, task)
+        sets = Sets(train_dataset, search_dataset, eval_dataset)
+        prepared = preparation.prepare(
+            template, processing_class, sets, text=text_column, label=label_column, task=task,
+            max_length=config.max_length,
+            virtual_tokens=prompt_tuning.virtual_tokens(config.method, peft_config, template),
+        )  # fmt: skip
         self._peft_config = peft_config
         self._method = method_for(config.method, peft_config, prepared.model)
         check_directions(self._method, [name for name in config.directions if name != AUTO])
         tokenizer = prepared.processing_class or getattr(data_collator, "tokenizer", None)
         self._pad_token_id = getattr(tokenizer, "pad_token_id", None)
         self.tokenise = prepared.tokenise
-        self.task, self._template_config = task_of(prepared.model), config_of(prepared.model)
+        self.task, self._template_config = prepared.task, config_of(cast(nn.Module, prepared.model))
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         if compute_metrics is None:
@@ -291,7 +296,7 @@ class OneStepTrainer(HeadTrainer):
         if bad:
             content = by_content(listed(self.held_rows))
             numbers = [self._split.held_numbers[content[i]] for i in bad]
-            raise ValueError(not_finite(float("nan"), named_rows(numbers, self._split.held_name)))
+            raise ValueError(not_finite(float("nan"), self.named(numbers, self._split.held_name)))
         return held_out
 
     # The report

@@ -83,7 +83,7 @@ def test_the_reported_scores_are_the_models(learnt: OneStepTrainer) -> None:
 
 def test_the_table_has_a_line_for_each_stage(learnt: OneStepTrainer) -> None:
     lines = learnt.report.table().splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["base", "head", "after"]
+    assert [line.split()[0] for line in lines[1:]] == ["base", "head", "after", "recall", "items", "LABEL_0", "LABEL_1"]
     assert "accuracy" in lines[0]
     assert f"{learnt.report.metrics['after']['accuracy']:.4f}" in lines[3]
     assert learnt.report.steps[0]["direction"] in learnt.report.summary()

@@ -8,11 +8,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from onestep_peft import tasks
 from onestep_peft.report import STAGES, StepReport
 
 TEMPLATE = Path(__file__).with_name("card.md")
 SHOWN_LABELS = 30
 NO_LOSS = "–"
+KINDS = {"lora": "A LoRA adapter", "prompt_tuning": "A tuned prompt (an adapter)", "full": "New weights"}
+# What the card's example calls the pipeline, by task.
+EXAMPLES = {"text-classification": "classify", "token-classification": "tag", "text-generation": "generate"}
 
 
 def card(report: StepReport, repo_id: str | None = None) -> str:
@@ -34,8 +38,11 @@ def card(report: StepReport, repo_id: str | None = None) -> str:
             base=hub_base(report),
             revision=report.base_revision,
             task=report.task,
+            kind=KINDS.get(report.method, "An adapter"),
             labels=_labels(report.labels),
-            classes=len(report.labels),
+            outputs=report.outputs or len(report.labels),
+            auto_peft=tasks.named(report.task, report.problem_type).auto_peft,
+            example=EXAMPLES[report.task],
             steps=[_step(step) for step in report.steps],
             rows=report.rows,
             seconds=_seconds(report.seconds),

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from onestep_peft import tasks
-from onestep_peft.preparation import load_base, load_tokenizer
+from onestep_peft.bases import load_base, load_tokenizer
+from onestep_peft.methods import prompt_tuning
 from onestep_peft.report import StepReport
 from onestep_peft.saving import read_whole
 from onestep_peft.wrapping import config_of
@@ -71,7 +72,10 @@ def _adapted(folder: Path, report: StepReport, base_model: str | None) -> tuple[
         raise ValueError(
             f"{error} If the base has moved, name it: `base_model=` (`--base-model` in the shell)."
         ) from error
-    return PeftModel.from_pretrained(model, str(folder)), base
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    if report.method == prompt_tuning.name:
+        prompt_tuning.settle(adapted)
+    return adapted, base
 
 
 def _fetch(folder_or_repo: str | os.PathLike[str], revision: str | None) -> Path:

@@ -71,6 +71,25 @@ def test_the_update_does_not_depend_on_batches_or_order(kind: tuple[Any, Any], d
     assert other.processing_class.padding_side == "left"
 
 
+@pytest.mark.parametrize("direction", ["natural", "sgd"])
+def test_the_update_of_a_prompt_does_not_depend_on_batches_or_order(
+    kind: tuple[Any, Any], direction: str, tmp_path: Path
+) -> None:
+    make, rows_of = kind
+    rows = rows_of(30, 1)
+    options = {**FIXED, "direction": direction, "method": "prompt_tuning"}
+    moved = []
+    for i, (some, size) in enumerate([(rows, 30), (random.Random(3).sample(rows, len(rows)), 4)]):
+        trainer = trainer_for(
+            tmp_path / str(i), Dataset.from_list(some), model=make(), per_device_train_batch_size=size, **options
+        )
+        weight = trainer.model.prompt_encoder["default"].embedding.weight
+        before = weight.detach().clone()
+        trainer.train()
+        moved.append(weight.detach() - before)
+    assert relative_difference(moved[1], moved[0]) < UPDATE
+
+
 def test_the_gradient_is_that_of_the_models_own_loss_in_one_batch(kind: tuple[Any, Any], tmp_path: Path) -> None:
     make, rows_of = kind
     rows = rows_of(13, 2)
