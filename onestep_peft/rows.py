@@ -108,9 +108,9 @@ class Tokeniser:
 
     def _max_length(self) -> int:
         """Tokens of a row, the virtual ones left out."""
-        positions = (getattr(self.config, "max_position_embeddings", None) or NO_LIMIT) - self.virtual_tokens
         if self.max_length is None:
-            return max(2, min(self.tokenizer.model_max_length, positions, MAX_LENGTH))
+            return longest_input(self.tokenizer, self.config, self.virtual_tokens)
+        positions = _positions(self.config, self.virtual_tokens)
         if self.max_length > positions:
             virtual = f" less {self.virtual_tokens} virtual tokens" if self.virtual_tokens else ""
             raise ValueError(
@@ -118,6 +118,15 @@ class Tokeniser:
                 f"positions{virtual}. Use at most {positions}."
             )
         return self.max_length
+
+
+def longest_input(tokenizer: Any, config: Any, virtual_tokens: int = 0) -> int:
+    """Where a row's tokens are cut unless the user says otherwise: the tokenizer's or the model's limit, or 512."""
+    return max(2, min(tokenizer.model_max_length, _positions(config, virtual_tokens), MAX_LENGTH))
+
+
+def _positions(config: Any, virtual_tokens: int) -> int:
+    return (getattr(config, "max_position_embeddings", None) or NO_LIMIT) - virtual_tokens
 
 
 def check_tokenised(name: str, rows: Any, task: Task, outputs: int) -> Any:
