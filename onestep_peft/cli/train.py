@@ -1,0 +1,117 @@
+"""`onestep train`: adapt a model to a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from onestep_peft import data
+from onestep_peft.cli.parsing import be_quiet, build, parse
+from onestep_peft.config import OneStepConfig
+from onestep_peft.saving import check_free
+from onestep_peft.trainer import OneStepTrainer
+
+DEFAULT_OUTPUT = "onestep_output"
+# What a split is for, by the names that people give it.
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+@dataclass
+class TrainOptions:
+    """What `onestep train` takes beside the fields of OneStepConfig."""
+
+    model: str = field(metadata={"help": "The base: a Hub id or a folder."})
+    dataset: str = field(metadata={"help": "Rows: a Hub id, a .jsonl, .csv or .parquet file, or a folder of them."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    search_dataset: str | None = field(
+        default=None, metadata={"help": "Rows that choose the step (default: a validation split, else held out)."}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Rows that report (default: a test split, else a validation split)."}
+    )
+    text_column: list[str] = field(
+        default_factory=list, metadata={"help": "The column with the text, or two for pairs (default: guessed)."}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "The column with the class (default: guessed)."})
+    metrics: list[str] = field(
+        default_factory=list, metadata={"help": "accuracy, precision, recall, f1, or any name evaluate.load finds."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA adapter."})
+    lora_alpha: int = field(default=8, metadata={"help": "Scaling of the LoRA adapter: alpha / r."})
+    lora_target_modules: list[str] = field(
+        default_factory=list, metadata={"help": "Layers to adapt (default: every linear layer but the head)."}
+    )
+
+
+def run(arguments: list[str]) -> None:
+    """`onestep train`."""
+    given = parse("train", [TrainOptions, OneStepConfig], arguments)
+    options: TrainOptions = build(TrainOptions, given)
+    config: OneStepConfig = build(OneStepConfig, {"output_dir": DEFAULT_OUTPUT, **given})
+    folder = Path(str(config.output_dir))
+    be_quiet()
+
+    check_free(folder)
+    trainer = _trainer(options, config)
+    trainer.train()
+    trainer.report.datasets = _hub_sets(options, evaluated=trainer.eval_dataset is not None)
+    trainer.save_model(str(folder))
+    report = trainer.report
+    print(f"\n{report.table()}\n{report.summary()}")
+    print(f"{report.seconds['total']:.1f} s for the step, {report.seconds['evaluation']:.1f} s for the evaluation.")
+    print(f'Saved to {folder}. Try: onestep predict {folder} "some text"')
+
+
+def _trainer(options: TrainOptions, config: Any) -> Any:
+    sets = _sets(options)
+    for name, rows in sets.items():
+        if rows is not None:
+            print(f"{name}: {len(rows)} rows")
+    return OneStepTrainer(
+        model=options.model,
+        args=config,
+        **sets,
+        peft_config=LoraConfig(
+            r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=options.lora_target_modules or None
+        ),
+        metrics=options.metrics or None,
+        text_column=options.text_column or None,
+        label_column=options.label_column,
+    )
+
+
+def _sets(options: TrainOptions) -> dict[str, Any]:
+    """The three sets: named ones as they are named, the others from the splits of the training data set."""
+    splits = data.read(options.dataset, options.dataset_config)
+
+    def split(role: str) -> Any:
+        rows = next((splits[name] for name in SPLITS[role] if name in splits), None)
+        return None if rows is None or data.hides_labels(rows, options.label_column) else rows
+
+    def named(source: str | None, role: str) -> Any:
+        if source is None:
+            return None
+        rows = data.read(source)
+        return rows[next((name for name in SPLITS[role] if name in rows), next(iter(rows)))]
+
+    train_rows = split("train") if len(splits) > 1 else next(iter(splits.values()))
+    if train_rows is None:
+        raise ValueError(f"{options.dataset!r} has no split 'train' with labels; its splits are {list(splits)}.")
+    search, evaluation = named(options.search_dataset, "validation"), named(options.eval_dataset, "test")
+    if evaluation is None:
+        evaluation = split("test")
+    if search is None and evaluation is not None:
+        search = split("validation")
+    elif evaluation is None:  # rows that chose the step would flatter it
+        evaluation = split("validation")
+    return {"train_dataset": train_rows, "search_dataset": search, "eval_dataset": evaluation}
+
+
+def _hub_sets(options: TrainOptions, evaluated: bool) -> dict[str, list[str]]:
+    """Which of the sets are on the Hub, for the card."""
+    evaluation = (options.eval_dataset or options.dataset) if evaluated else None
+    named = {"train": options.dataset, "search": options.search_dataset, "evaluation": evaluation}
+    return {role: [name] for role, name in named.items() if name and not Path(name).exists()}
