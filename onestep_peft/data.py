@@ -103,11 +103,19 @@ def guess_columns(rows: Dataset, text: str | Sequence[str] | None = None, label:
                 f"No label column among {names}. Name it: `label_column=` (`--label-column` in the shell)."
             )
         label = known[0]
-    return Columns(tuple(given) if given else _guess_text(rows, label), label)
-
-
-def _guess_text(rows: Dataset, label: str) -> tuple[str, ...]:
     strings = [name for name, kind in rows.features.items() if _is_string(kind) and name != label]
+    return Columns(tuple(given) if given else guess_text(strings, names), label)
+
+
+def guess_text(strings: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Which of the columns that hold strings is the text, or which two are.
+
+    Args:
+        names: All columns, for the message.
+
+    Raises:
+        ValueError: It is not clear.
+    """
     for pair in TEXT_PAIRS:
         if set(pair) <= set(strings):
             return pair
@@ -115,7 +123,7 @@ def _guess_text(rows: Dataset, label: str) -> tuple[str, ...]:
     if len(strings) == 1 or known:
         return (known[0],) if known else (strings[0],)
     raise ValueError(
-        f"Which column is the text is not clear: {strings or 'none'} of the columns {rows.column_names} hold strings. "
+        f"Which column is the text is not clear: {strings or 'none'} of the columns {names} hold strings. "
         "Name it: `text_column=` (`--text-column` in the shell)."
     )
 

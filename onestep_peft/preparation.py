@@ -175,11 +175,16 @@ class Tokeniser:
         if not labelled and columns.label not in rows.column_names:
             columns = data.Columns(columns.text, None)
         data.check_columns(rows, columns, name)
-        limits = (self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None) or NO_LIMIT)
-        max_length = min(limits) if min(limits) < NO_LIMIT else MAX_LENGTH
+        max_length = longest_input(self.tokenizer, self.config)
         return data.tokenise(
             rows, columns, self.tokenizer, self.config.label2id, self.config.num_labels, max_length, name
         )
+
+
+def longest_input(tokenizer: Any, config: Any) -> int:
+    """Where a row's tokens are cut: the limit of the tokenizer or of the model, else 512."""
+    limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or NO_LIMIT)
+    return min(limits) if min(limits) < NO_LIMIT else MAX_LENGTH
 
 
 def check_tokenised(name: str, rows: Any, classes: int) -> Any:

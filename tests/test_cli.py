@@ -92,10 +92,10 @@ def test_one_file_of_rows_gives_its_own_held_out_rows(
 
 def test_every_field_of_the_config_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     assert end.value.code == 0
     words = set(capsys.readouterr().out.replace(",", " ").split())
-    assert {f"--{field.name}" for field in dataclasses.fields(OneStepConfig) if field.init} <= words
+    assert {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(OneStepConfig) if field.init} <= words
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

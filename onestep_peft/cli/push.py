@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from onestep_peft.cli.parsing import be_quiet, build, parse
+from onestep_peft.cli.parsing import Parser, be_quiet, parse, require
 from onestep_peft.hub import push as hub
 
+ABOUT = """Shares a folder that `onestep train` wrote on the Hugging Face Hub, in one commit and with a model card.
 
-@dataclass
-class PushOptions:
-    """What `onestep push` takes beside the folder and the repository."""
+  onestep push out user/name
 
-    private: bool = field(default=False, metadata={"help": "Make a new repository private; never use a public one."})
-    revision: str | None = field(default=None, metadata={"help": "The branch (default: main); made if need be."})
-    create_pr: bool = field(default=False, metadata={"help": "Propose the commit as a pull request."})
-    tag: str | None = field(default=None, metadata={"help": "A tag for the commit."})
-    base_model: str | None = field(default=None, metadata={"help": "Hub id of a base that was a folder here."})
-    dry_run: bool = field(default=False, metadata={"help": "Check everything, send nothing."})
+Log in first with `hf auth login`. A fresh process must get the trained model's answers, or nothing is sent."""
+
+
+def _parser() -> Parser:
+    parser = Parser("push", ABOUT, "FOLDER REPO")
+    parser.positional("folder", help="A folder that `onestep train` or `onestep merge` wrote.")
+    parser.positional("repo", help="Where to: user/name.")
+    parser.add_argument("--private", action="store_true", help="Make a new repository private; never use a public one.")
+    parser.add_argument("--revision", help="The branch (default: main); made if need be.")
+    parser.add_argument("--create-pr", "--create_pr", action="store_true", help="Propose it as a pull request.")
+    parser.add_argument("--tag", help="A tag for the commit.")
+    parser.add_argument("--base-model", "--base_model", help="Hub id of a base that was a folder here.")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="Check everything, send nothing.")
+    return parser
 
 
 def run(arguments: list[str]) -> None:
     """`onestep push`."""
-    # Flags last, or the parser would take the word after one for its value.
-    flags = ("--private", "--create-pr", "--create_pr", "--dry-run", "--dry_run")
-    arguments = sorted(arguments, key=lambda word: word in flags)
-    given = parse("push", [PushOptions], arguments, positional={"folder": None, "repo": None})
-    options: PushOptions = build(PushOptions, given)
+    parser = _parser()
+    given = parse(parser, arguments)
+    require(parser, given)
     be_quiet()
 
-    said = {**vars(options), "private": options.private or None}
-    result = hub.push(given["folder"], given["repo"], **said)
+    folder, repo = given.pop("folder"), given.pop("repo")
+    result = hub.push(folder, repo, **{**given, "private": given["private"] or None})
     for name, size in result.files.items():
         print(f"{size:>12,}  {name}")
     print(f"A fresh process gets the trained model's logits, to {result.difference:.1e} of their scale.")
-    if options.dry_run:
+    if given["dry_run"]:
         print(f"Nothing was sent. Without --dry-run, the above goes to {result.url} ({result.revision}).")
     else:
         print(f"Pushed: {result.url}" + (f" (tag {result.tag})" if result.tag else ""))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-
 from onestep_peft import data
-from onestep_peft.cli.parsing import be_quiet, build, parse
+from onestep_peft.cli import config_file
+from onestep_peft.cli.adapter import OWNERS, AdapterOptions, check_owners, peft_config
+from onestep_peft.cli.parsing import Parser, be_quiet, build, parse, require
 from onestep_peft.config import OneStepConfig
 from onestep_peft.saving import check_free
 from onestep_peft.trainer import OneStepTrainer
@@ -39,23 +40,65 @@ class TrainOptions:
     metrics: list[str] = field(
         default_factory=list, metadata={"help": "accuracy, precision, recall, f1, or any name evaluate.load finds."}
     )
-    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA adapter."})
-    lora_alpha: int = field(default=8, metadata={"help": "Scaling of the LoRA adapter: alpha / r."})
-    lora_target_modules: list[str] = field(
-        default_factory=list, metadata={"help": "Layers to adapt (default: every linear layer but the head)."}
+    config: str | None = field(
+        default=None, metadata={"help": "Options in a YAML file, one a line; the command line wins over it."}
     )
+    dry_run: bool = field(default=False, metadata={"help": "Say what would be done, and write nothing."})
+
+
+ABOUT = """Adapts a pretrained model to your rows in one optimization step.
+
+  onestep train --model distilbert/distilbert-base-uncased --dataset rows.csv --output-dir out
+
+Rows hold a text and a class. Held-out rows choose how far the step goes, and whether it is kept."""
+GROUPS = {
+    "what goes in and comes out": ["model", "dataset", "output_dir", "config", "dry_run"],
+    "the rows": [],
+    "what moves": ["method", *OWNERS],
+    "the step": [
+        "direction", "step_size", "max_steps", "stop_at", "damping", "rank", "fit_head", "search_fraction",
+        "search_rows_max", "guard", "guard_confidence",
+    ],
+    "the machine": [
+        "per_device_train_batch_size", "per_device_eval_batch_size", "bf16", "activation_checkpointing", "use_cpu",
+        "seed", "disable_tqdm",
+    ],
+    "the Hub": ["push_to_hub", "hub_model_id", "hub_private_repo"],
+}  # fmt: skip
+REST = "all else that transformers.TrainingArguments knows"
+
+
+def _parser() -> Parser:
+    kinds = [TrainOptions, AdapterOptions, OneStepConfig]
+    parser = Parser(
+        "train", ABOUT, kinds=kinds, epilog="`--help-all` lists the other options of transformers' Trainer."
+    )
+    for action in parser.options:
+        if action.dest in ("step_size", "fit_head"):  # "search" and "auto" stand beside numbers and flags
+            action.type = str
+            action.metavar = "search|X" if action.dest == "step_size" else "auto|true|false"
+    first = GROUPS["what goes in and comes out"]
+    rows = [f.name for f in dataclasses.fields(TrainOptions) if f.name not in first]
+    parser.arrange({**GROUPS, "the rows": rows}, REST)
+    return parser
 
 
 def run(arguments: list[str]) -> None:
     """`onestep train`."""
-    given = parse("train", [TrainOptions, OneStepConfig], arguments)
+    parser = _parser()
+    given = parse(parser, arguments)
+    if "config" in given:
+        given = {**config_file.read(Path(given["config"]), parser), **given}
+    require(parser, given)
     options: TrainOptions = build(TrainOptions, given)
     config: OneStepConfig = build(OneStepConfig, {"output_dir": DEFAULT_OUTPUT, **given})
+    check_owners(config.method, given)
+    adapter = peft_config(config.method, build(AdapterOptions, given), options.model)
     folder = Path(str(config.output_dir))
     be_quiet()
 
     check_free(folder)
-    trainer = _trainer(options, config)
+    trainer = _trainer(options, config, adapter)
     trainer.train()
     trainer.report.datasets = _hub_sets(options, evaluated=trainer.eval_dataset is not None)
     trainer.save_model(str(folder))
@@ -65,7 +108,7 @@ def run(arguments: list[str]) -> None:
     print(f'Saved to {folder}. Try: onestep predict {folder} "some text"')
 
 
-def _trainer(options: TrainOptions, config: Any) -> Any:
+def _trainer(options: TrainOptions, config: OneStepConfig, adapter: Any) -> OneStepTrainer:
     sets = _sets(options)
     for name, rows in sets.items():
         if rows is not None:
@@ -74,9 +117,7 @@ def _trainer(options: TrainOptions, config: Any) -> Any:
         model=options.model,
         args=config,
         **sets,
-        peft_config=LoraConfig(
-            r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=options.lora_target_modules or None
-        ),
+        peft_config=adapter,
         metrics=options.metrics or None,
         text_column=options.text_column or None,
         label_column=options.label_column,
