@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class StepReport:
         base_model: The base: a Hub id, or a path relative to the saved folder.
         base_revision: The base's commit, or None for a local base.
         task: The Hub's `pipeline_tag`.
-        method: "lora".
+        method: "lora", "full" or "prompt_tuning".
+        merged_from: "lora" where its update has been added to the base's weights since ("method" is "full" then).
         labels: Names of the classes in the order of their numbers.
         rows: Number of rows for the "gradient", the "search" and the "guard".
         seconds: Wall time: "total" of the adaptation and its parts, and "evaluation", which "total" leaves out.
@@ -49,6 +51,7 @@ class StepReport:
     base_revision: str | None = None
     task: str = "text-classification"
     method: str = "lora"
+    merged_from: str | None = None
     labels: list[str] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -85,16 +88,10 @@ class StepReport:
         stages = [stage for stage in STAGES if self.metrics.get(stage)]
         if not stages:
             return "There are no rows to compare by: give an eval_dataset.\n"
-        names = list(dict.fromkeys(name for stage in stages for name in self.metrics[stage] or {}))
-        width = max(10, *(len(name) for name in names))
-        lines = ["".join([f"{'':8}", *(f"{name:>{width + 2}}" for name in names)])]
-        for stage in stages:
-            scores = self.metrics[stage] or {}
-            cells = (f"{scores[name]:>{width + 2}.4f}" if name in scores else " " * (width + 2) for name in names)
-            lines.append("".join([f"{stage:8}", *cells]))
+        text = table({stage: self.metrics[stage] or {} for stage in stages})
         if self.scored_on == HELD_OUT:
-            lines.append("(on the held-out rows, which also chose the step: expect a little less on other rows)")
-        return "\n".join(lines) + "\n"
+            text += "(on the held-out rows, which also chose the step: expect a little less on other rows)\n"
+        return text
 
     def summary(self) -> str:
         """What each step did, a line each."""
@@ -121,6 +118,17 @@ class StepReport:
             _draw(axis, step)
         figure.savefig(path, dpi=120, metadata={"Software": None})
         return True
+
+
+def table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Scores by metric, in a line for each title, as text."""
+    names = list(dict.fromkeys(name for found in scores.values() for name in found))
+    width = max(10, *(len(name) for name in names)) + 2
+    lines = ["".join([f"{'':8}", *(f"{name:>{width}}" for name in names)])]
+    for title, found in scores.items():
+        cells = (f"{found[name]:>{width}.4f}" if name in found else " " * width for name in names)
+        lines.append("".join([f"{title:8}", *cells]))
+    return "\n".join(lines) + "\n"
 
 
 def _draw(axis: Any, step: dict[str, Any]) -> None:

@@ -72,6 +72,19 @@ def task_of(model: nn.Module) -> Task:
     )
 
 
+def task_named(name: str) -> Task:
+    """The task that a report names.
+
+    Raises:
+        ValueError: This release does not know it.
+    """
+    for task in TASKS:
+        if task.name == name:
+            return task
+    known = ", ".join(task.name for task in TASKS)
+    raise ValueError(f"The task {name!r} is none that this release knows: {known}. Upgrade onestep-peft.")
+
+
 def check_problem_type(config: Any) -> None:
     """Refuses heads whose labels are not one class a row.
 

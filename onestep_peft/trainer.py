@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +33,7 @@ from onestep_peft.gradient import named_rows, not_finite
 from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, padded, select, split_rows
 from onestep_peft.hub.sharing import SharingTrainer
 from onestep_peft.methods import check_directions, method_for
+from onestep_peft.plan import Plan, make_plan
 from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
 from onestep_peft.saving import check_folder, check_free, portable, save_model_files, save_whole
 from onestep_peft.step import processes
@@ -150,6 +151,21 @@ class OneStepTrainer(SharingTrainer):
         self.add_callback(progress)
         return progress
 
+    def plan(self) -> Plan:
+        """What `train` would do and cost. The model is not called, and nothing is changed or written."""
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset or ()]
+        fitted = head.active(self._bare_model, self._adapted.head) if self._fits_head() and self._adapted.head else None
+        return make_plan(
+            self._bare_model,
+            self._config,
+            method=self._method.name,
+            directions=self.directions,
+            rank=self._rank,
+            layers=self.layers(),
+            head=fitted,
+            rows={**self._row_counts(), "evaluation": sum(map(len, sets))},
+        )
+
     # The run, from the moments that Trainer announces
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -211,10 +227,10 @@ class OneStepTrainer(SharingTrainer):
         """The step behind torch.optim's interface, in place of AdamW."""
         if self.optimizer is None:
             config, layers = self._config, self.layers()
-            rank = config.rank if config.rank is not None else self._method.rank
             settings = StepSettings(
-                self.directions, config.fixed_step_size, config.damping, rank, config.guard, config.guard_confidence
-            )
+                self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
+                config.guard_confidence,
+            )  # fmt: skip
             whitened = not WHITENED.isdisjoint(self.directions)
             self.optimizer = OneStepOptimizer(
                 self._trainable(),
@@ -230,6 +246,10 @@ class OneStepTrainer(SharingTrainer):
     @property
     def _config(self) -> OneStepConfig:
         return cast(OneStepConfig, self.args)
+
+    @property
+    def _rank(self) -> int | None:
+        return self._config.rank if self._config.rank is not None else self._method.rank
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -328,15 +348,18 @@ class OneStepTrainer(SharingTrainer):
         report.base_model, report.base_revision = config.name_or_path, self._adapted.base_revision
         report.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
 
-    def _fill_report(self, seconds: float) -> None:
-        self._identify()
-        report = self.report
+    def _row_counts(self) -> dict[str, int]:
         held = len(self.held_rows) if self.held_rows is not None else 0
-        report.rows = {
+        return {
             "gradient": len(self.pass_rows),
             "search": held if self._config.chooses else 0,
             "guard": held if self._config.guard else 0,
         }
+
+    def _fill_report(self, seconds: float) -> None:
+        self._identify()
+        report = self.report
+        report.rows = self._row_counts()
         self.seconds["pass"] = self.pass_seconds
         self.seconds["total"] = seconds - self.seconds["evaluation"]
         report.seconds = {part: round(value, 3) for part, value in self.seconds.items()}

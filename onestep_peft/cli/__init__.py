@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from onestep_peft.cli import predict, push, train
+import torch
+
+from onestep_peft.cli import evaluate, merge, predict, push, train
 from onestep_peft.errors import PushError, nearest
 from onestep_peft.version import __version__
 
@@ -14,38 +17,60 @@ USAGE = """usage: onestep COMMAND ...
 Adapt a pretrained model in one optimization step.
 
 commands:
-  train     adapt a model to a data set:  onestep train --model M --dataset D --output-dir OUT
-  predict   classify texts:               onestep predict OUT "text" ...
-  push      share it on the Hub:          onestep push OUT user/name
+  train     adapt a model to a data set:     onestep train --model M --dataset D --output-dir OUT
+  predict   what it says of texts:           onestep predict OUT "text" ...
+  evaluate  how good it is on other rows:    onestep evaluate OUT --dataset D
+  merge     make a plain model of a LoRA:    onestep merge OUT WHOLE
+  push      share it on the Hub:             onestep push OUT user/name
 
 `onestep COMMAND --help` lists a command's options.
 """
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train.run,
+    "predict": predict.run,
+    "evaluate": evaluate.run,
+    "merge": merge.run,
+    "push": push.run,
+}
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 2 for what is refused, 1 for a push that did not arrive.
+    """Runs the command.
 
-    Both are told on standard error.
+    Returns:
+        Its exit status: 0; 2 where what was asked is refused; 1 where it failed on the way (the network, a full disk,
+        not enough memory); 130 after Ctrl-C. All but the first are told on standard error, in a line.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {"train": train.run, "predict": predict.run, "push": push.run}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
-        return 0 if arguments else 2
+        return DONE if arguments else REFUSED
     if arguments[0] == "--version":
         print(f"onestep-peft {__version__}")
-        return 0
-    if arguments[0] not in commands:
-        return _fail(f"unknown command {arguments[0]!r}.{nearest(arguments[0], commands)}")
+        return DONE
+    if arguments[0] not in COMMANDS:
+        return _fail(f"unknown command {arguments[0]!r}.{nearest(arguments[0], COMMANDS)}", REFUSED)
     try:
-        commands[arguments[0]](arguments[1:])
+        COMMANDS[arguments[0]](arguments[1:])
+        sys.stdout.flush()
     except ValueError as error:
-        return _fail(str(error))
+        return _fail(str(error), REFUSED)
     except PushError as error:
-        return _fail(str(error), 1)
-    return 0
+        return _fail(str(error), FAILED)
+    except BrokenPipeError:  # whoever read the output has enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        return _fail(f"{type(error).__name__}: {error}", FAILED)
+    except torch.OutOfMemoryError as error:
+        said = str(error).strip().splitlines()[0]
+        return _fail(f"out of memory ({said}) Try smaller batches (`--help` names the option).", FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was not finished is not saved", INTERRUPTED, kind="")
+    return DONE
 
 
-def _fail(message: str, status: int = 2) -> int:
-    print(f"onestep: error: {message}", file=sys.stderr)
+def _fail(message: str, status: int, kind: str = "error: ") -> int:
+    print(f"onestep: {kind}{message}", file=sys.stderr)
     return status

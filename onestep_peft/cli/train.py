@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,12 @@ from onestep_peft import data
 from onestep_peft.cli import config_file
 from onestep_peft.cli.adapter import OWNERS, AdapterOptions, check_owners, peft_config
 from onestep_peft.cli.parsing import Parser, be_quiet, build, parse, require
+from onestep_peft.cli.splits import labelled, named
 from onestep_peft.config import OneStepConfig
 from onestep_peft.saving import check_free
 from onestep_peft.trainer import OneStepTrainer
 
 DEFAULT_OUTPUT = "onestep_output"
-# What a split is for, by the names that people give it.
-SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
 @dataclass
@@ -98,6 +98,9 @@ def run(arguments: list[str]) -> None:
     be_quiet()
 
     check_free(folder)
+    if options.dry_run:
+        _show_plan(options, config, adapter)
+        return
     trainer = _trainer(options, config, adapter)
     trainer.train()
     trainer.report.datasets = _hub_sets(options, evaluated=trainer.eval_dataset is not None)
@@ -106,6 +109,14 @@ def run(arguments: list[str]) -> None:
     print(f"\n{report.table()}\n{report.summary()}")
     print(f"{report.seconds['total']:.1f} s for the step, {report.seconds['evaluation']:.1f} s for the evaluation.")
     print(f'Saved to {folder}. Try: onestep predict {folder} "some text"')
+
+
+def _show_plan(options: TrainOptions, config: OneStepConfig, adapter: Any) -> None:
+    folder = config.output_dir
+    with tempfile.TemporaryDirectory() as elsewhere:  # Trainer makes its folder at once
+        config.output_dir = elsewhere
+        plan = _trainer(options, config, adapter).plan()
+    print(f"\n{plan.text()}\nNothing was trained or written. Without --dry-run, the result goes to {folder}.")
 
 
 def _trainer(options: TrainOptions, config: OneStepConfig, adapter: Any) -> OneStepTrainer:
@@ -129,19 +140,19 @@ def _sets(options: TrainOptions) -> dict[str, Any]:
     splits = data.read(options.dataset, options.dataset_config)
 
     def split(role: str) -> Any:
-        rows = next((splits[name] for name in SPLITS[role] if name in splits), None)
-        return None if rows is None or data.hides_labels(rows, options.label_column) else rows
+        name = labelled(splits, role, options.label_column)
+        return None if name is None else splits[name]
 
-    def named(source: str | None, role: str) -> Any:
+    def of(source: str | None, role: str) -> Any:
         if source is None:
             return None
         rows = data.read(source)
-        return rows[next((name for name in SPLITS[role] if name in rows), next(iter(rows)))]
+        return rows[named(rows, role) or next(iter(rows))]
 
     train_rows = split("train") if len(splits) > 1 else next(iter(splits.values()))
     if train_rows is None:
         raise ValueError(f"{options.dataset!r} has no split 'train' with labels; its splits are {list(splits)}.")
-    search, evaluation = named(options.search_dataset, "validation"), named(options.eval_dataset, "test")
+    search, evaluation = of(options.search_dataset, "validation"), of(options.eval_dataset, "test")
     if evaluation is None:
         evaluation = split("test")
     if search is None and evaluation is not None:

@@ -54,7 +54,7 @@ def record(model: nn.Module, batch: Mapping[str, Any], keep: set[int], file: Pat
     logits = _logits(model, inputs)
     tensors = {name: value.cpu().contiguous() for name, value in inputs.items()} | {LOGITS: logits}
     # One entry: safetensors writes several in an order that changes from call to call, and so would the checksum.
-    save_file(tensors, file, metadata={MADE_ON: f"{next(model.parameters()).device.type} {_dtype(model)}"})
+    save_file(tensors, file, metadata={MADE_ON: f"{next(model.parameters()).device.type} {dtype_of(model)}"})
 
 
 def _redrawn(ids: Tensor, keep: set[int], vocabulary: int) -> Tensor:
@@ -73,34 +73,39 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-def _dtype(model: nn.Module) -> str:
-    """Of the base: adapters and fresh heads are kept in fp32."""
+def dtype_of(model: nn.Module) -> str:
+    """Of the base's weights: adapters and fresh heads are kept in fp32."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     return str(embeddings.weight.dtype).removeprefix("torch.")
 
 
 def compare(folder: Path) -> dict[str, float]:
-    """How far the folder's model, loaded by `load`, is from what was recorded.
+    """How far the folder's model, loaded by `load`, is from what was recorded; see `compare_model`."""
+    from onestep_peft.hub.load import load
+
+    model, _ = load(folder)
+    return compare_model(model, folder / FILE)
+
+
+def compare_model(model: nn.Module, file: Path) -> dict[str, float]:
+    """How far a model is from what was recorded.
 
     Returns:
         "difference" (the largest, by the largest recorded logit; infinite where they are not numbers) and the
         "tolerance" for it.
     """
-    from onestep_peft.hub.load import load
-
-    model, _ = load(folder)
-    with safe_open(folder / FILE, "pt") as file:
-        made_on, made_in = file.metadata()[MADE_ON].split()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with safe_open(file, "pt") as record:
+        made_on, made_in = record.metadata()[MADE_ON].split()
+        tensors = {name: record.get_tensor(name) for name in record.keys()}  # noqa: SIM118
     expected = tensors.pop(LOGITS)
     if made_on == "cuda" and torch.cuda.is_available():
-        model.to(torch.device("cuda"))  # type: ignore[arg-type]
+        model.to(torch.device("cuda"))
     device = next(model.parameters()).device
     found = _logits(model, {name: value.to(device) for name, value in tensors.items()})
     difference = float("inf")
     if found.shape == expected.shape:
         difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    exact = made_in == _dtype(model) == "float32"
+    exact = made_in == dtype_of(model) == "float32"
     return {
         "difference": difference if difference == difference else float("inf"),
         "tolerance": TOLERANCE if exact else TOLERANCE_16_BIT,

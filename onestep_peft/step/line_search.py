@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 FACTOR = 1.6
+BUDGET = 12
 
 
 @dataclass
@@ -27,7 +28,7 @@ class SearchResult:
 
 
 def search_step_size(
-    loss: Callable[[float], float], start: float, *, loss_at_zero: float, budget: int = 12
+    loss: Callable[[float], float], start: float, *, loss_at_zero: float, budget: int = BUDGET
 ) -> SearchResult:
     """Finds a step size that lowers `loss`.
 

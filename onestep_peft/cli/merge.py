@@ -1,0 +1,33 @@
+"""`onestep merge`: a LoRA adapter and its base as one plain model."""
+
+from __future__ import annotations
+
+from onestep_peft.cli.parsing import Parser, be_quiet, parse, require
+from onestep_peft.merging import merge
+
+ABOUT = """Makes one plain model of a LoRA adapter and its base, that loads without PEFT and without this package.
+
+  onestep merge out whole
+  onestep predict whole "some text"
+
+A fresh process must get the adapter's answers from it, or nothing is written."""
+
+
+def run(arguments: list[str]) -> None:
+    """`onestep merge`."""
+    parser = Parser("merge", ABOUT, "FOLDER OUT")
+    parser.positional("folder", help="A LoRA that `onestep train` wrote, or a repository on the Hub.")
+    parser.positional("out", help="A folder for the model, which is not there yet.")
+    parser.add_argument("--revision", help="Branch, tag or commit of a repository.")
+    parser.add_argument("--base-model", "--base_model", help="The base, where it has moved.")
+    given = parse(parser, arguments)
+    require(parser, given)
+    be_quiet()
+
+    result = merge(given["folder"], given["out"], revision=given["revision"], base_model=given["base_model"])
+    print(f"Merged: {result.folder} ({result.dtype})")
+    rounded = "" if result.dtype == "float32" else f"; weights in {result.dtype} round the sum"
+    print(
+        f"A fresh process gets the adapter's logits, to {result.difference:.1e} of their scale "
+        f"({result.allowed:.0e} is allowed{rounded})."
+    )
