@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         model: As `load` returns it.
-        tokenizer: None where the rows are tokens.
+        tokenizer: Its tokenizer, which also pads rows that are tokens already.
         rows: With text and labels, or tokens.
         task: As the report names it; it has the loss and the default metrics. None to tell it by the model's class.
         metrics: Names or `evaluate.Metric` objects; default by task.

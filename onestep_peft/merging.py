@@ -50,6 +50,7 @@ def merge(
     *,
     revision: str | None = None,
     base_model: str | None = None,
+    float32: bool = False,
 ) -> MergeResult:
     """Adds a LoRA's update to its base's weights and saves the sum as a plain model, with tokenizer and report.
 
@@ -61,6 +62,7 @@ def merge(
         out: A folder that is not there yet, or empty.
         revision: Branch, tag or commit of the repository.
         base_model: The base where it is no longer where the folder says: a Hub id or a folder.
+        float32: Whether to widen weights of 16 bits first, so that the sum is not rounded to them.
 
     Raises:
         ValueError: No LoRA, a base that is not the one it was made on, a taken `out`, or a merged model that gives
@@ -72,6 +74,8 @@ def merge(
     _check_method(read_whole(source), source)
     model, tokenizer, report = load_with_report(source, base_model=base_model)
     _check_base(model, source)
+    if float32:
+        model.float()
     dtype = probe.dtype_of(model)
     base, commit = _base(report, source, base_model, target)
 
@@ -142,7 +146,10 @@ def _write_checked(out: Path, write: Callable[[Path], StepReport], *, exact: boo
         try:
             difference = probe.check_in_fresh_process(staging)
         except ValueError as error:
-            raise ValueError(f"The merged model is not the adapter's, and was not saved: {error}") from error
+            fix = (
+                "" if exact else " Weights of 16 bits round the sum: `float32=True` (`--float32`) merges without loss."
+            )
+            raise ValueError(f"The merged model is not the adapter's, and was not saved: {error}{fix}") from error
         if difference > allowed:
             raise ValueError(
                 f"The merged model was not saved: its logits differ from the adapter's by {difference:.2g} of their "

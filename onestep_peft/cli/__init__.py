@@ -42,18 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Its exit status: 0; 2 where what was asked is refused; 1 where it failed on the way (the network, a full disk,
         not enough memory); 130 after Ctrl-C. All but the first are told on standard error, in a line.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return DONE if arguments else REFUSED
-    if arguments[0] == "--version":
-        print(f"onestep-peft {__version__}")
-        return DONE
-    if arguments[0] not in COMMANDS:
-        return _fail(f"unknown command {arguments[0]!r}.{nearest(arguments[0], COMMANDS)}", REFUSED)
     try:
-        COMMANDS[arguments[0]](arguments[1:])
+        status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+        return status
     except ValueError as error:
         return _fail(str(error), REFUSED)
     except PushError as error:
@@ -68,6 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"out of memory ({said}) Try smaller batches (`--help` names the option).", FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted; what was not finished is not saved", INTERRUPTED, kind="")
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return DONE if arguments else REFUSED
+    if arguments[0] == "--version":
+        print(f"onestep-peft {__version__}")
+        return DONE
+    if arguments[0] not in COMMANDS:
+        raise ValueError(f"unknown command {arguments[0]!r}.{nearest(arguments[0], COMMANDS)}")
+    COMMANDS[arguments[0]](arguments[1:])
     return DONE
 
 

@@ -20,11 +20,13 @@ def run(arguments: list[str]) -> None:
     parser.positional("out", help="A folder for the model, which is not there yet.")
     parser.add_argument("--revision", help="Branch, tag or commit of a repository.")
     parser.add_argument("--base-model", "--base_model", help="The base, where it has moved.")
+    parser.add_argument("--float32", action="store_true", help="Widen weights of 16 bits, so that nothing is rounded.")
     given = parse(parser, arguments)
     require(parser, given)
     be_quiet()
 
-    result = merge(given["folder"], given["out"], revision=given["revision"], base_model=given["base_model"])
+    folder, out = given.pop("folder"), given.pop("out")
+    result = merge(folder, out, **given)
     print(f"Merged: {result.folder} ({result.dtype})")
     rounded = "" if result.dtype == "float32" else f"; weights in {result.dtype} round the sum"
     print(

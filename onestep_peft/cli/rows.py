@@ -27,7 +27,7 @@ def read(source: str) -> list[Row]:
         ValueError: No such file, another kind of file, a line that cannot be read, or no rows.
     """
     if source == STDIN:
-        text = sys.stdin.read()
+        text = "".join(sys.stdin)  # line by line: one long read would not hear of Ctrl-C
         kind = ".jsonl" if text.lstrip().startswith("{") else ".txt"
     else:
         path = Path(source)
@@ -96,10 +96,19 @@ def texts_of(rows: Sequence[Row], columns: Sequence[str]) -> list[Text]:
             raise ValueError(f"No column {name!r}; the columns are {names}.{nearest(name, names)}")
     if len(columns) > 2:
         raise ValueError(f"`--text-column` names {len(columns)} columns. Name one, or two for pairs.")
-    strings = [name for name in names if name.lower() not in LABEL_COLUMNS and isinstance(rows[0].get(name), str)]
+    strings = [name for name in names if name.lower() not in LABEL_COLUMNS and _is_text(rows[0].get(name))]
     wanted = tuple(columns) or guess_text(strings, names)
     for number, row in enumerate(rows):
         for name in wanted:
             if not isinstance(row.get(name), str):
                 raise ValueError(f"Row {number} has no text in {name!r}: {row.get(name)!r}. Fill or drop it.")
     return [row[wanted[0]] if len(wanted) == 1 else (row[wanted[0]], row[wanted[1]]) for row in rows]
+
+
+def _is_text(value: Any) -> bool:
+    """A string that is no number: in a .csv file everything is a string."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return isinstance(value, str)
+    return False
