@@ -17,7 +17,7 @@ NO_LOSS = "–"
 KINDS = {
     "lora": "A LoRA adapter for",
     "prompt_tuning": "A tuned prompt for",
-    "full": "All weights of",
+    "full": "A fully tuned copy of",
     "merged": "A LoRA adapter merged into",
 }
 

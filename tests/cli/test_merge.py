@@ -67,7 +67,7 @@ def test_a_merge_that_is_off_leaves_nothing(
 def test_an_interruption_leaves_nothing(
     trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(folder: Path) -> float:
+    def interrupted(folder: Path, **options: Any) -> float:
         raise KeyboardInterrupt
 
     folder = str(trained("lora"))
