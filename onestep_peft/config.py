@@ -6,39 +6,18 @@ import copy
 import dataclasses
 import math
 import numbers
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from onestep_peft import arguments
 from onestep_peft.errors import nearest
 from onestep_peft.step.directions import DIRECTIONS, NATURAL, PARAMETER_DIRECTIONS
 
 AUTO = "auto"
 #: Directions that a user can name.
 KNOWN_DIRECTIONS = (AUTO, *PARAMETER_DIRECTIONS, *DIRECTIONS, NATURAL)
-
-# Stock fields that a single step has no use for, and why.
-IGNORED: dict[str, str] = {
-    "learning_rate": "the step size is `step_size`",
-    "num_train_epochs": "the number of passes is `max_steps`",
-    "gradient_accumulation_steps": "a step always accumulates over all rows",
-    "lr_scheduler_type": "there is no schedule over one step",
-    "warmup_steps": "a warm-up would make the first step zero",
-    "weight_decay": "it would move parameters that the direction does not",
-    "max_grad_norm": "clipping would change the step that the search measures",
-    "optim": "the step is the optimizer; see `direction`",
-    "dataloader_drop_last": "every row counts",
-    "hub_strategy": "only the finished folder is pushed",
-    "hub_always_push": "only the finished folder is pushed",
-}
-REFUSED: dict[str, str] = {
-    "fp16": "its loss scaler may skip the only step. Use `bf16=True`, or full precision.",
-    "deepspeed": "DeepSpeed replaces the optimizer's step. Use `accelerate launch` without it.",
-    "label_smoothing_factor": "the search and the guard read the rows' own losses. Leave it out.",
-    "neftune_noise_alpha": "noise in the embeddings biases the gradient. Leave it out.",
-}
 
 
 @dataclass
@@ -49,19 +28,28 @@ class OneStepConfig(TrainingArguments):
         method: What moves: "lora", "full" (the model's own weights) or "prompt_tuning"; None for what `peft_config`
             stands for, and LoRA without one.
         direction: "auto" (several candidates from one pass, held-out rows choose), one of "sgd", "sign", "muon",
-            "lora_one", "kfac", "kfac_muon", "kfac_schatten" and (for prompts) "natural", or a list to choose from.
+            "lora_one", "kfac", "kfac_muon", "kfac_schatten" and (for prompts) "natural", or a list to choose from. A
+            rule for layers may name its rank: "kfac:8".
         step_size: η of the update, or "search" to find it on held-out rows.
         max_steps: Number of steps, each with a pass, a search and a guard of its own.
         stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.
         damping: λ of the `kfac` family, in units of each covariance's mean eigenvalue.
-        rank: Rank of the direction; None for the smaller of 8 and the adapter's r, and for full weights the full one.
+        rank: Rank of directions that name none; None for the smaller of 8 and the adapter's r, and for full weights
+            the full one.
+        search_budget: The most forwards of single rows that "auto" may spend on the search: it tries as many
+            candidates as fit, and always one. None for 20,000 or twice the work of the pass, whichever is more.
         fit_head: Whether to fit a freshly initialised head first. "auto": whenever there is one, except for the
             plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
         search_rows_max: The most rows that are held out of the training set.
         guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
             nothing is held out of its rows.
+        max_length: Tokens of a row with text, the special ones counted; longer rows are cut, and plain texts for text
+            generation are taken in pieces. None for the model's limit, at most 512.
         guard_confidence: Below this share of resampled row sets that show a gain, the report calls it weak.
+        save_pass_minutes: Save the sums of the pass so often, in minutes, so that an interrupted run goes on where it
+            was; 0 for never.
+        save_pass_batches: The same by micro-batches.
     """
 
     method: str | None = field(default=None, metadata={"help": "What moves: lora (default), full or prompt_tuning."})
@@ -75,11 +63,19 @@ class OneStepConfig(TrainingArguments):
     )
     damping: float = field(default=0.1, metadata={"help": "Damping of the kfac family, in mean eigenvalues."})
     rank: int | None = field(default=None, metadata={"help": "Rank of the direction (default: min(8, adapter's r))."})
+    search_budget: int | None = field(
+        default=None, metadata={"help": "Forwards of rows that the search of auto may take."}
+    )
     fit_head: str | bool = field(default="auto", metadata={"help": "Fit a fresh head first: auto, true or false."})
     search_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows held out."})
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
     guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
     guard_confidence: float = field(default=0.95, metadata={"help": "Below this a gain is called weak."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a row (default: the model's limit, at most 512)."}
+    )
+    save_pass_minutes: float = field(default=5.0, metadata={"help": "Save the unfinished pass so often (0: never)."})
+    save_pass_batches: int | None = field(default=None, metadata={"help": "The same, every so many micro-batches."})
     save_strategy: str = field(default="no", metadata={"help": "Trainer's checkpoints (default: none)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Not used: a step is never clipped."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Not used: there is no schedule."})
@@ -89,7 +85,7 @@ class OneStepConfig(TrainingArguments):
     )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows in a batch of forwards."})
     train_sampling_strategy: str = field(
-        default="sequential", metadata={"help": "Order of the pass; it does not change the result."}
+        default="sequential", metadata={"help": "Not used: the pass goes longest first."}
     )
 
     def __post_init__(self) -> None:
@@ -99,14 +95,23 @@ class OneStepConfig(TrainingArguments):
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
         _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)
+        if self.search_budget is not None:
+            _check_range("search_budget", self.search_budget, 1, None, "None", whole=True)
+        _check_range("save_pass_minutes", self.save_pass_minutes, 0, None, "5")
+        if self.save_pass_batches is not None:
+            _check_range("save_pass_batches", self.save_pass_batches, 1, None, "None", whole=True)
         if self.rank is not None:
             _check_range("rank", self.rank, 1, None, "8", whole=True)
+        if self.max_length is not None:
+            _check_range("max_length", self.max_length, 2, None, "None", whole=True)
         if self.stop_at is not None:
             _check_range("stop_at", self.stop_at, -math.inf, None, "None")
         if not isinstance(self.guard, bool):
             raise ValueError(f"`guard={self.guard!r}` must be True or False; the default is True.")
-        self._check_stock_fields()
+        arguments.refuse(self)
+        arguments.ignore(self, stacklevel=3)
         super().__post_init__()
+        arguments.refuse(self)  # files and the launcher's environment have been read by now
         if self.device.type == "cpu":  # pinning memory without an accelerator only warns
             self.dataloader_pin_memory = False
         if self.n_gpu > 1:
@@ -143,9 +148,14 @@ class OneStepConfig(TrainingArguments):
     def _check_direction(self) -> None:
         names = [self.direction] if isinstance(self.direction, str) else list(self.direction)
         for name in names:
-            if name not in KNOWN_DIRECTIONS:
-                near = nearest(str(name), KNOWN_DIRECTIONS)
+            rule, _, rank = str(name).partition(":")
+            if rule not in KNOWN_DIRECTIONS:
+                near = nearest(rule, KNOWN_DIRECTIONS)
                 raise ValueError(f"`direction={name!r}` is none of {', '.join(KNOWN_DIRECTIONS)}.{near}")
+            if rule != name and (rule not in DIRECTIONS or not rank.isdecimal() or int(rank) < 1):
+                raise ValueError(
+                    f"`direction={name!r}`: a rank is a whole number from 1 on, and goes with {', '.join(DIRECTIONS)}."
+                )
         if not names or ("auto" in names and len(names) > 1) or len(set(names)) < len(names):
             raise ValueError(f'`direction={names!r}`: give "auto", or one or more different names.')
         self.direction = names[0] if len(names) == 1 else names
@@ -164,18 +174,6 @@ class OneStepConfig(TrainingArguments):
         self.fit_head = text if text == "auto" else text == "true"
         _check_range("max_steps", self.max_steps, 1, None, "1", whole=True)
 
-    def _check_stock_fields(self) -> None:
-        for name, why in REFUSED.items():
-            if getattr(self, name):
-                raise ValueError(f"`{name}={getattr(self, name)!r}` does not go with a single step: {why}")
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        given = {name: getattr(self, name) for name in IGNORED if getattr(self, name) != defaults[name]}
-        if given:
-            said = "; ".join(f"`{name}={value!r}`: {IGNORED[name]}" for name, value in given.items())
-            warnings.warn(f"Ignored, since one step has no use for them: {said}.", stacklevel=4)
-        for name in given:
-            setattr(self, name, defaults[name])
-
     @classmethod
     def upcast(cls, args: TrainingArguments | None) -> OneStepConfig:
         """A OneStepConfig from plain TrainingArguments, as TRL does it."""
@@ -191,6 +189,8 @@ class OneStepConfig(TrainingArguments):
         # Where the user left a stock default, the step's own default holds.
         stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
         values = {name: getattr(args, name) for name in names}
+        if args.eval_strategy == "steps" and args.eval_steps == args.logging_steps:
+            values["eval_steps"] = None  # it came from there, and the step logs more often
         kept = {name: value for name, value in values.items() if not (name in own and value == stock[name])}
         return cls(**kept)
 

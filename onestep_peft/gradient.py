@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onestep_peft.held_out import padded
+from onestep_peft.rows import Tokeniser
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
@@ -32,6 +33,7 @@ class ExactGradientTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     task: Task
+    tokenise: Tokeniser
     pass_rows: list[int]
     pass_seconds = 0.0
     _cursor = 0
@@ -114,14 +116,22 @@ class ExactGradientTrainer(Trainer):
             self.one_step.count(float(items))
             self._cursor += len(labels)
         else:
+            self.observe(logits, labels, losses, self.task.row_items(labels))
             loss = loss / items  # NaN where nothing is labelled
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
+    def observe(self, logits: Tensor, labels: Tensor, losses: Tensor, items: Tensor) -> None:
+        """Sees every batch that is scored: the rows' losses `(rows,)` and their numbers of items."""
+
     def name_rows(self, positions: Sequence[int]) -> str:
         """Rows of the current micro-batch as the user counts them."""
-        if self.accelerator.num_processes > 1 or self.args.train_sampling_strategy != "sequential":
+        if self.accelerator.num_processes > 1:
             return f"{len(positions)} rows"
-        return named_rows([self.pass_rows[self._cursor + position] for position in positions], "train_dataset")
+        return self.named([self.pass_rows[self._cursor + position] for position in positions], "train_dataset")
+
+    def named(self, rows: Sequence[int], name: str) -> str:
+        """Rows of a set, by the numbers that they had when they were handed over."""
+        return named_rows(self.tokenise.numbers(name, rows), name)
 
 
 class _Batches:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from onestep_peft.tasks import logits_for
+from onestep_peft.step import processes
+from onestep_peft.tasks import TEXT_CLASSIFICATION, Task, logits_for
+from onestep_peft.tasks.task import UNLABELLED
 
 # Ridge penalties that are tried, from the strongest on, in units of the features' variance.
 PENALTIES = tuple(10 ** (-i / 2) for i in range(0, 9))
+# Largest entry of the gradient at which L-BFGS stops: to compare penalties, and for the head that is kept.
+ROUGH, CONVERGED = 1e-4, 1e-6
 
 
 def fresh_modules(model: nn.Module) -> list[str]:
@@ -103,39 +107,65 @@ def active(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-@torch.no_grad()
-def features(model: nn.Module, layer: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """The last layer's input for every row, `(rows, d)`, and the labels, `(rows,)`, dropout off.
+@dataclass(frozen=True)
+class Features:
+    """The last layer's inputs, and what its outputs should be; one for every row, or for every labelled token.
 
-    Decoders apply the layer to every token and keep one token's logits; that token is found by its logits.
+    Args:
+        x: `(items, d)`, fp32.
+        labels: `(items,)`, or `(items, outputs)` where an item has several.
+        rows: `(items,)`, which row an item belongs to, as the batches have them.
+    """
+
+    x: Tensor
+    labels: Tensor
+    rows: Tensor
+
+    def gathered(self) -> Features:
+        """Those of all processes; row numbers then say nothing."""
+        return Features(*(processes.gathered(part) for part in (self.x, self.labels, self.rows)))
+
+
+@torch.no_grad()
+def features(model: nn.Module, layer: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Features:
+    """The last layer's input for every row or labelled token, dropout off.
+
+    Decoders that classify texts apply the layer to every token and keep one token's logits; that token is found by
+    its logits.
 
     Raises:
         ValueError: The model's logits are not a selection of the layer's outputs.
     """
     seen: list[tuple[Tensor, Tensor]] = []
     handle = layer.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
-    kept: list[Tensor] = []
-    labels: list[Tensor] = []
-    was_training = model.training
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    was_training, rows = model.training, 0
     model.eval()
     try:
         for batch in batches:
             inputs = dict(batch)
-            target = inputs.pop("labels")
+            labels = inputs.pop("labels")
             logits = logits_for(model, inputs)
             (x, output), *_ = seen
             seen.clear()
-            kept.append(_rows_of(x, output, logits).float())
-            labels.append(target)
+            x, numbers = _items_of(x, output, logits).float(), torch.arange(len(labels), device=labels.device) + rows
+            rows += len(labels)
+            if x.dim() == 3:
+                known = labels.ne(UNLABELLED)
+                x, numbers, labels = x[known], numbers[:, None].expand_as(labels)[known], labels[known]
+            found.append((x, labels, numbers))
     finally:
         handle.remove()
         model.train(was_training)
-    return torch.cat(kept), torch.cat(labels).long()
+    return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _rows_of(x: Tensor, output: Tensor, logits: Tensor) -> Tensor:
+def _items_of(x: Tensor, output: Tensor, logits: Tensor) -> Tensor:
+    """The layer's inputs that the logits belong to: `(rows, d)`, or `(rows, tokens, d)` for logits by token."""
     if output.shape == logits.shape:
         return x
+    if output.dim() == logits.dim() == 3 and output.shape[2] == logits.shape[2]:  # virtual tokens before the row's
+        return x[:, -logits.shape[1] :]
     same = (output == logits[:, None, :]).all(-1) if output.dim() == 3 else None  # (rows, tokens)
     if same is None or not bool(same.any(1).all()):
         raise ValueError(
@@ -151,10 +181,10 @@ class HeadFit:
     """A fitted head.
 
     Args:
-        weight: `(classes, d)`.
-        bias: `(classes,)`, or None.
+        weight: `(outputs, d)`.
+        bias: `(outputs,)`, or None.
         penalty: The ridge penalty that was chosen.
-        held_out_loss: Mean loss of the held-out rows, or None where there were none.
+        held_out_loss: Mean loss of the held-out items, or None where there were none.
     """
 
     weight: Tensor
@@ -163,39 +193,57 @@ class HeadFit:
     held_out_loss: float | None
 
 
-def fit(x: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor] | None, classes: int, bias: bool) -> HeadFit:
-    """Multinomial logistic regression by L-BFGS in float64, its ridge penalty chosen by held-out rows.
+def fit(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    held_out: tuple[Tensor, Tensor] | None,
+    outputs: int,
+    bias: bool,
+    task: Task = TEXT_CLASSIFICATION,
+) -> HeadFit:
+    """The task's loss under a ridge penalty, minimised by L-BFGS in float64; held-out items choose the penalty.
 
-    Penalties are tried from the strongest on, each from the last one's solution, until the held-out loss has risen
-    twice. Without held-out rows the penalty is 1/rows (scikit-learn's default C = 1). Rows labelled -100 are left
-    out.
+    That is multinomial logistic regression for one class an item, an independent one for each of several labels, and
+    ridge least squares for numbers. Penalties are tried from the strongest on, each from the last one's solution,
+    until the held-out loss has risen twice; the best one's is then refined. Without held-out items the penalty is
+    1/items (scikit-learn's default C = 1). Items without a label are left out.
 
     Args:
-        x: `(rows, d)`.
-        labels: `(rows,)`.
-        held_out: The same for rows that choose the penalty, or None.
-        classes: Number of classes.
+        x: `(items, d)`.
+        labels: `(items,)`, or `(items, outputs)`.
+        held_out: The same for items that choose the penalty, or None.
+        outputs: Number of classes, or of numbers.
         bias: Whether the layer has a bias.
     """
-    x, labels = _labelled(x, labels)
-    held_out = _labelled(*held_out) if held_out is not None else None
+
+    x, labels = _labelled(x, labels, task)
+    held_out = _labelled(*held_out, task) if held_out is not None else None
     mean = x.double().mean(0) if bias else torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     scale = (x.double() - mean).square().mean(0).sqrt().clamp_min(1e-6)
 
     def standardised(features: Tensor) -> Tensor:
         return (features.double() - mean) / scale
 
+    def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return task.row_losses(logits, labels).mean()
+
+    def minimised(weight: Tensor, offset: Tensor, penalty: float, tolerance: float) -> tuple[Tensor, Tensor]:
+        return _minimise(lambda logits: mean_loss(logits, labels), z, weight, offset, penalty, bias, tolerance)
+
+    def held_out_loss(weight: Tensor, offset: Tensor) -> float | None:
+        if held_out is None:
+            return None
+        return float(mean_loss(standardised(held_out[0]) @ weight.T + offset, held_out[1]))
+
     z = standardised(x)
-    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, device=x.device)
-    offset = torch.zeros(classes, dtype=torch.float64, device=x.device)
+    weight = torch.zeros(outputs, x.shape[1], dtype=torch.float64, device=x.device)
+    offset = torch.zeros(outputs, dtype=torch.float64, device=x.device)
     best: tuple[float | None, float, Tensor, Tensor] | None = None
     rises = 0
     for penalty in PENALTIES if held_out is not None else (1 / len(x),):
-        weight, offset = _minimise(z, labels, weight, offset, penalty, bias)
-        loss = None
-        if held_out is not None:
-            logits = standardised(held_out[0]) @ weight.T + offset
-            loss = float(nn.functional.cross_entropy(logits, held_out[1]))
+        weight, offset = minimised(weight, offset, penalty, ROUGH)
+        loss = held_out_loss(weight, offset)
         if best is None or loss is None or loss < (best[0] or 0.0):
             best, rises = (loss, penalty, weight, offset), 0
         else:
@@ -203,32 +251,41 @@ def fit(x: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor] | None, cl
             if rises == 2:
                 break
     assert best is not None
-    loss, penalty, weight, offset = best
+    _, penalty, weight, offset = best
+    weight, offset = minimised(weight, offset, penalty, CONVERGED)
+    loss = held_out_loss(weight, offset)
     weight = weight / scale
     return HeadFit(weight, offset - weight @ mean if bias else None, penalty, loss)
 
 
-def _labelled(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    known = labels != -100
+def _labelled(x: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    # A token is an item by itself here, so a task by tokens counts as one by rows.
+    known = labels.ne(UNLABELLED) if task.by_token else task.row_items(labels) > 0
     return x[known], labels[known]
 
 
 def _minimise(
-    z: Tensor, labels: Tensor, weight: Tensor, offset: Tensor, penalty: float, bias: bool
+    loss_of: Callable[[Tensor], Tensor],
+    z: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    penalty: float,
+    bias: bool,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     weight, offset = weight.clone().requires_grad_(), offset.clone().requires_grad_(bias)
     solver = torch.optim.LBFGS(
         [weight, offset] if bias else [weight],
         max_iter=300,
         history_size=20,
-        tolerance_grad=1e-7,
+        tolerance_grad=tolerance,
         tolerance_change=1e-12,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = nn.functional.cross_entropy(z @ weight.T + offset, labels) + penalty / 2 * weight.square().sum()
+        loss = loss_of(z @ weight.T + offset) + penalty / 2 * weight.square().sum()
         loss.backward()
         return loss
 

@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from onestep_peft.config import OneStepConfig
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task, logits_for
+from onestep_peft.tasks.task import UNLABELLED
 
 
 def content_key(row: Mapping[str, Any]) -> bytes:
@@ -106,7 +107,9 @@ class _Padded(TorchDataset):
         if i < len(self._rows):
             return self._rows[i]
         row = dict(self._rows[len(self._rows) - 1])
-        row["labels"] = torch.full_like(torch.as_tensor(row["labels"]), -100).tolist()
+        labels = torch.as_tensor(row["labels"])
+        # To a regression -100 is a number.
+        row["labels"] = torch.full_like(labels, float("nan") if labels.is_floating_point() else UNLABELLED).tolist()
         return row
 
 
@@ -151,7 +154,7 @@ class Split:
     held_name: str
 
 
-def split_rows(train: Any, search: Any, config: OneStepConfig) -> Split:
+def split_rows(train: Any, search: Any, config: OneStepConfig, task: Task) -> Split:
     """Deals the training rows out, where no `search_dataset` is given and something has to be chosen or judged.
 
     Rows without a label are left out everywhere: they have no loss.
@@ -160,11 +163,11 @@ def split_rows(train: Any, search: Any, config: OneStepConfig) -> Split:
         ValueError: Rows must be held out, and too few are left.
     """
     rows = listed(train)
-    kept = _labelled(rows)
+    kept = _labelled(rows, task)
     if not kept:
         raise ValueError("No row of train_dataset has a label. Check the label column.")
     if search is not None:
-        numbers = _labelled(listed(search))
+        numbers = _labelled(listed(search), task)
         return Split(_longest_first(kept, rows), select(search, numbers), numbers, "search_dataset")
     if not config.needs_held_out_rows:
         return Split(_longest_first(kept, rows), None, [], "")
@@ -187,8 +190,8 @@ def _longest_first(numbers: list[int], rows: Sequence[Mapping[str, Any]]) -> lis
     return sorted(numbers, key=lambda i: -len(rows[i].get("input_ids", ())))
 
 
-def _labelled(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    return [i for i, row in enumerate(rows) if int(row["labels"]) != -100]
+def _labelled(rows: Sequence[Mapping[str, Any]], task: Task) -> list[int]:
+    return [i for i, row in enumerate(rows) if int(task.row_items(torch.as_tensor(row["labels"])[None])) > 0]
 
 
 def listed(rows: Any) -> list[Any]:

@@ -13,12 +13,13 @@ from typing import Any, cast
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from onestep_peft.bases import pinned
 from onestep_peft.hub import probe
 from onestep_peft.hub.load import fetch, load_with_report
 from onestep_peft.methods import full, lora
-from onestep_peft.preparation import pinned
 from onestep_peft.report import PICTURE, StepReport
 from onestep_peft.saving import portable, read_whole, save_model_files, save_whole
+from onestep_peft.tasks import task_of
 from onestep_peft.wrapping import config_of
 
 # The largest difference by the largest logit. Weights in fp32 are compared in float64, where only the rounding of
@@ -109,8 +110,11 @@ def _record(model: Any, tokenizer: Any, source: Path, target: Path, wide: bool) 
     """Writes the adapter's logits for the inputs that its folder was checked with."""
     inputs = load_file(source / probe.FILE)
     inputs.pop(probe.LOGITS)
-    special = probe.special_ids(config_of(model), tokenizer)
-    probe.record(model.double() if wide else model, inputs, special, target / probe.FILE)
+    special, task = probe.special_ids(config_of(model), tokenizer), task_of(model)
+    probe.record(
+        model.double() if wide else model, inputs, special, target / probe.FILE, by_token=task.by_token,
+        outputs=task.outputs(config_of(model)),
+    )  # fmt: skip
     if wide:
         model.float()
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from onestep_peft.config import OneStepConfig
-from onestep_peft.step.directions import DIRECTIONS, NATURAL, PARAMETER_DIRECTIONS, WHITENED
+from onestep_peft.step.directions import DIRECTIONS, NATURAL, PARAMETER_DIRECTIONS, WHITENED, rank_of, rule_of
 from onestep_peft.step.layers import Layer, Prompt
-from onestep_peft.step.line_search import BUDGET
+from onestep_peft.step.line_search import EVALUATIONS, PASS_FORWARDS
 from onestep_peft.step.snapshot import LARGE
 from onestep_peft.step.statistics import statistics_of
 
 SHOWN_NAMES = 4
 FP32 = 4  # bytes
-# A backward is about two forwards: one product for the inputs' gradients, one for the weights'.
-FORWARD_AND_BACKWARD = 3
+# Rules whose direction is a whole matrix where nothing limits its rank; the others' are two factors.
+WHOLE = frozenset({"kfac", "lora_one"})
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ class Plan:
     Args:
         method: "lora", "full" or "prompt_tuning".
         directions: The candidates by name, in the order in which they are searched.
+        left_out: Candidates of "auto" that the search's budget of forwards has no room for.
         step_size: η, or None for a search.
-        rank: The most that an update's rank may be; None for the full one.
+        rank: The most that the rank of an update may be whose direction names none; None for the full one.
         steps: The most steps that are made.
         rows: Number of rows for the "gradient", the "search", the "guard" and the "evaluation". Search and guard
             share theirs.
@@ -71,6 +72,7 @@ class Plan:
 
     method: str
     directions: tuple[str, ...]
+    left_out: tuple[str, ...]
     step_size: float | None
     rank: int | None
     steps: int
@@ -86,14 +88,13 @@ class Plan:
 
     def text(self) -> str:
         """For a person to read."""
-        rank = "" if DIRECTIONS.keys().isdisjoint(self.directions) else "; updates of full rank"
-        rank = rank if self.rank is None else rank.replace("full rank", f"rank ≤ {self.rank}")
         size = "searched" if self.step_size is None else f"{self.step_size:g}"
         lines = [
             f"rows       {', '.join(f'{number:,} {role}' for role, number in self.rows.items())}",
             f"steps      {'at most ' * (self.steps > 1)}{self.steps}",
             f"method     {self.method}",
-            f"direction  {', '.join(self.directions)}{rank}; step size {size}",
+            f"direction  {', '.join(self.directions)}{self._rank_said()}; step size {size}",
+            *[f"left out   {', '.join(self.left_out)}: beyond `search_budget`"] * bool(self.left_out),
             *_listed("moves", [str(group) for group in self.groups]),
             f"parameters {self.moved:,} move, {self.frozen:,} are frozen",
         ]
@@ -106,6 +107,12 @@ class Plan:
                 f"stays      {sum(self.unmoved.values()):,} trainable ones that no direction moves: {shown}{more}"
             )
         return "\n".join([*lines, *self._memory_lines(), *self._work_lines()]) + "\n"
+
+    def _rank_said(self) -> str:
+        """Of the directions whose names do not tell theirs."""
+        if not any(rule_of(name) in DIRECTIONS and rank_of(name) is None for name in self.directions):
+            return ""
+        return "; updates of full rank" if self.rank is None else f"; updates of rank ≤ {self.rank}"
 
     def _memory_lines(self) -> list[str]:
         notes = {"snapshot": " (in the host's memory)" * self.snapshot_on_host, "directions": " at most"}
@@ -120,7 +127,7 @@ class Plan:
         parts = [
             f"{name} {'' if name == 'pass' else '≤ '}{number:,}" for name, number in self.forwards.items() if number
         ]
-        epochs = sum(self.forwards.values()) / max(FORWARD_AND_BACKWARD * self.rows["gradient"], 1)
+        epochs = sum(self.forwards.values()) / max(PASS_FORWARDS * self.rows["gradient"], 1)
         return [
             f"work       {', '.join(parts)}, in forwards of one row",
             f"           as much as {epochs:.1f} epochs of training, at most",
@@ -145,6 +152,7 @@ def make_plan(
     *,
     method: str,
     directions: Sequence[str],
+    left_out: Sequence[str],
     rank: int | None,
     layers: Sequence[Layer | Prompt],
     head: nn.Module | None,
@@ -153,7 +161,8 @@ def make_plan(
     """A run in numbers, from what it would be made of. Nothing is allocated, and the model is not called.
 
     Args:
-        rank: The most that an update's rank may be.
+        left_out: Candidates that the budget of the search has no room for.
+        rank: The most that the rank of an update may be whose direction names none.
         layers: What moves, beside the parameters that `sgd` and `sign` move as they are.
         head: The fresh head's last layer, where it is fitted.
         rows: By role, "gradient", "search", "guard" and "evaluation".
@@ -179,6 +188,7 @@ def make_plan(
     return Plan(
         method=method,
         directions=tuple(directions),
+        left_out=tuple(left_out),
         step_size=config.fixed_step_size,
         rank=rank,
         steps=config.max_steps,
@@ -209,7 +219,7 @@ def _groups(layers: Sequence[Layer | Prompt], directions: Sequence[str]) -> list
     found: dict[tuple[str, tuple[int, int], tuple[str, ...]], list[int]] = {}
     for layer in layers:
         known: Any = (NATURAL,) if isinstance(layer, Prompt) else DIRECTIONS
-        key = (_kind(layer.name), layer.shape, tuple(name for name in directions if name in known))
+        key = (_kind(layer.name), layer.shape, tuple(name for name in directions if rule_of(name) in known))
         found.setdefault(key, []).append(_count(_parameters(layer)))
     return [Group(name, shape, len(sizes), sum(sizes), by) for (name, shape, by), sizes in found.items()]
 
@@ -222,7 +232,7 @@ def _kind(name: str) -> str:
 
 
 def _statistics_size(layers: Sequence[Layer | Prompt], directions: Sequence[str], rows: int) -> int:
-    whitened = not WHITENED.isdisjoint(directions)
+    whitened = not WHITENED.isdisjoint(map(rule_of, directions))
     total = 0
     for layer in layers:
         sums = statistics_of(layer, whitened, torch.device("meta")).sums()
@@ -241,24 +251,26 @@ def _directions_size(layers: Sequence[Layer | Prompt], directions: Sequence[str]
         if isinstance(layer, Prompt):
             total += FP32 * d_out * d_in * (NATURAL in directions)
             continue
-        most = min(d_out, d_in, *(limit for limit in (rank, layer.rank) if limit is not None))
-        whole = {"kfac", "lora_one"} if rank is None and layer.rank is None else set()
-        for name in DIRECTIONS.keys() & set(directions):
-            total += FP32 * (d_out * d_in if name in whole else (d_out + d_in) * most)
+        for name in directions:
+            rule, limits = rule_of(name), [limit for limit in (rank_of(name) or rank, layer.rank) if limit is not None]
+            if rule in WHOLE and not limits:
+                total += FP32 * d_out * d_in
+            elif rule in DIRECTIONS:
+                total += FP32 * (d_out + d_in) * min(d_out, d_in, *limits)
     return total
 
 
 def _forwards(config: OneStepConfig, rows: dict[str, int], *, candidates: int, fits_head: bool) -> dict[str, int]:
     held, steps = max(rows["search"], rows["guard"]), config.max_steps
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
-    tried = candidates * (BUDGET if config.fixed_step_size is None else 1)
+    tried = candidates * (EVALUATIONS if config.fixed_step_size is None else 1)
     # One look whether all losses are finite; before each step; at each point; and after the head was fitted again.
     looks = 1 + steps * (1 + tried + int(fits_head))
     if config.stop_at is not None:
         looks += 1 + steps
     stages = 3 if fits_head else 2
     return {
-        "pass": (FORWARD_AND_BACKWARD + recomputed) * rows["gradient"] * steps,
+        "pass": (PASS_FORWARDS + recomputed) * rows["gradient"] * steps,
         "search": looks * held,
         "head": (rows["gradient"] + held) * (1 + steps) * int(fits_head),
         "evaluation": (rows["evaluation"] or held) * stages,

@@ -3,126 +3,22 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from onestep_peft import data, head
+from onestep_peft import data, head, tasks
+from onestep_peft.bases import load_base, load_tokenizer, pinned
+from onestep_peft.lengths import positions_of
 from onestep_peft.methods import Method
+from onestep_peft.rows import Sets, Tokeniser, as_rows, is_raw
 from onestep_peft.step.layers import Layer
-from onestep_peft.tasks import TEXT_CLASSIFICATION, Task, check_problem_type, task_of
+from onestep_peft.tasks import MULTI_LABEL_CLASSIFICATION, TEXT_CLASSIFICATION, Task, task_of
 from onestep_peft.wrapping import base_of
-
-# Tokenizers that know no limit say so with a huge number.
-NO_LIMIT = 1_000_000
-MAX_LENGTH = 512
-
-
-def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token.
-
-    Raises:
-        ValueError: The base cannot be found.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_found(base, "tokenizer", error)) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base(base: str, labels: Sequence[str], revision: str | None = None) -> PreTrainedModel:
-    """A base model for text classification with these classes.
-
-    Raises:
-        ValueError: The base cannot be found.
-    """
-    id2label = dict(enumerate(labels))
-    label2id = {label: i for i, label in id2label.items()}
-    try:
-        AutoConfig.from_pretrained(base, revision=revision)
-        revision = pinned(base, revision) or revision
-        return TEXT_CLASSIFICATION.auto_model.from_pretrained(
-            base, revision=revision, num_labels=len(labels), id2label=id2label, label2id=label2id
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_found(base, "model", error)) from error
-
-
-def pinned(base: str | None, revision: str | None = None) -> str | None:
-    """The commit that a base on the Hub was loaded at, as the cache has it; None for a folder.
-
-    transformers 5 does not keep it. Without a pin, an adapter would follow whatever its base becomes.
-    """
-    if not base or os.path.isdir(base):
-        return None
-    found = try_to_load_from_cache(base, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
-
-
-def _not_found(base: str, what: str, error: Exception) -> str:
-    return (
-        f"The base {base!r} has no {what} that can be loaded: it is no folder here, or the Hub does not give it "
-        f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Check the name, the network, and "
-        "`hf auth login` for a private or gated one."
-    )
-
-
-def as_rows(name: str, rows: Any) -> Any:
-    """Lists of dicts and pandas frames become a `datasets.Dataset`; other sets stay.
-
-    Raises:
-        ValueError: A dict of splits, where one set is wanted.
-    """
-    if isinstance(rows, Mapping):
-        raise ValueError(
-            f"{name} is a dict of sets with the keys {list(rows)}. Pass one of them, such as rows['train']."
-        )
-    if type(rows).__name__ == "DataFrame":
-        return Dataset.from_pandas(rows, preserve_index=False)
-    return Dataset.from_list(list(rows)) if isinstance(rows, list | tuple) else rows
-
-
-def is_raw(rows: Any) -> bool:
-    """Whether rows still hold text."""
-    return isinstance(rows, Dataset) and "input_ids" not in rows.column_names
-
-
-@dataclass
-class Sets:
-    """The sets that a run uses, by role; each a raw or tokenised set, or None."""
-
-    train: Any
-    search: Any
-    evaluation: Any  # may be a dict of sets by name
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Names for messages and the sets that are there."""
-        sets = [("train_dataset", self.train), ("search_dataset", self.search)]
-        if isinstance(self.evaluation, Mapping):
-            sets += [(f"eval_dataset[{name!r}]", rows) for name, rows in self.evaluation.items()]
-        else:
-            sets.append(("eval_dataset", self.evaluation))
-        return [(name, rows) for name, rows in sets if rows is not None]
-
-    def map(self, change: Any) -> Sets:
-        """The sets with `change(name, rows)` done to each."""
-        done = {name: change(name, rows) for name, rows in self.items()}
-        if isinstance(self.evaluation, Mapping):
-            evaluation: Any = {name: done[f"eval_dataset[{name!r}]"] for name in self.evaluation}
-        else:
-            evaluation = done.get("eval_dataset")
-        return Sets(done.get("train_dataset"), done.get("search_dataset"), evaluation)
 
 
 def class_names(sets: Sets, column: str) -> list[str]:
@@ -150,76 +46,43 @@ def name_labels(model: nn.Module, rows: Dataset, column: str) -> None:
         config.label2id = {name: i for i, name in enumerate(names)}
 
 
-@dataclass(frozen=True)
-class Tokeniser:
-    """Makes tokens and integer labels of rows with text; rows that are tokens already are only checked.
-
-    Args:
-        tokenizer: None where no set holds text.
-        columns: None where no set holds text.
-        config: The model's configuration: its classes and its longest input.
-    """
-
-    tokenizer: Any
-    columns: data.Columns | None
-    config: Any
-
-    def __call__(self, name: str, rows: Any, *, labelled: bool = True) -> Any:
-        """The set `name` as the model takes it; rows to predict may come without labels."""
-        rows = as_rows(name, rows)
-        if not is_raw(rows):
-            return check_tokenised(name, rows, self.config.num_labels) if labelled else rows
-        if self.tokenizer is None or self.columns is None:
-            raise ValueError(f"{name} holds text, so `processing_class=` must be the model's tokenizer.")
-        columns = self.columns
-        if not labelled and columns.label not in rows.column_names:
-            columns = data.Columns(columns.text, None)
-        data.check_columns(rows, columns, name)
-        max_length = longest_input(self.tokenizer, self.config)
-        return data.tokenise(
-            rows, columns, self.tokenizer, self.config.label2id, self.config.num_labels, max_length, name
-        )
-
-
-def longest_input(tokenizer: Any, config: Any) -> int:
-    """Where a row's tokens are cut: the limit of the tokenizer or of the model, else 512."""
-    limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or NO_LIMIT)
-    return min(limits) if min(limits) < NO_LIMIT else MAX_LENGTH
-
-
-def check_tokenised(name: str, rows: Any, classes: int) -> Any:
-    """Checks a tokenised set: some rows, labels there and in range.
-
-    Raises:
-        ValueError: It is empty or has no length, no labels, or a label that is no class.
-    """
-    if not hasattr(rows, "__len__"):
-        raise ValueError(f"{name} has no length; one step needs to know its rows. Pass a map-style dataset.")
-    data.check_some(rows, name)
-    names = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
-    column = next((column for column in ("labels", "label") if column in names), None)
-    if column is None or (column == "label" and not isinstance(rows, Dataset)):
-        raise ValueError(f"{name} has no column 'labels'; its columns are {names}.")
-    for i, label in enumerate(rows[column] if isinstance(rows, Dataset) else [row[column] for row in rows]):
-        if label != -100 and not 0 <= label < classes:
-            raise data.out_of_range(name, i, label, classes)
-    return rows.rename_column("label", "labels") if isinstance(rows, Dataset) and column == "label" else rows
+def name_alike(config: Any, template: Any) -> None:
+    """Gives a model the classes' names and the kind of problem that another one's configuration has."""
+    for name in ("id2label", "label2id", "problem_type"):
+        if hasattr(template, name):
+            setattr(config, name, copy.copy(getattr(template, name)))
 
 
 @dataclass
 class Prepared:
-    """A model that is not adapted yet, its tokenizer, tokenised sets, and how to tokenise more."""
+    """A model that is not adapted yet, its task, its tokenizer, tokenised sets, and how to tokenise more."""
 
     model: nn.Module
+    task: Task
     processing_class: Any
     sets: Sets
     tokenise: Tokeniser
 
 
 def prepare(
-    model: nn.Module | str, processing_class: Any, sets: Sets, text: str | Sequence[str] | None, label: str | None
+    model: nn.Module | str,
+    processing_class: Any,
+    sets: Sets,
+    *,
+    text: str | Sequence[str] | None = None,
+    label: str | None = None,
+    task: str | None = None,
+    max_length: int | None = None,
+    virtual_tokens: int = 0,
 ) -> Prepared:
-    """Finds the columns, loads the model where it is given by name, names its classes, tokenises the rows.
+    """Finds the task and the columns, loads the model where it is given by name, names its classes, tokenises the rows.
+
+    Args:
+        text: The user's word for the columns with the text.
+        label: And for that with the label.
+        task: Its name; None for what the model's class or else the columns say.
+        max_length: Tokens of a row.
+        virtual_tokens: How many stand before every row.
 
     Raises:
         ValueError: Rows, columns, labels or a base that cannot be used; before any expensive work.
@@ -228,23 +91,65 @@ def prepare(
     raw = [(name, rows) for name, rows in sets.items() if is_raw(rows)]
     for name, rows in raw:
         data.check_some(rows, name)
-    columns = data.guess_columns(raw[0][1], text, label) if raw else None
+    kind = _kind_of(model, sets.train, task, text, label)
+    columns = data.guess_columns(raw[0][1], text, label, kind) if raw else None
     for name, rows in raw:
         assert columns is not None
         data.check_columns(rows, columns, name)
     if isinstance(model, str):
-        if columns is None or columns.label is None or not is_raw(sets.train):
-            raise ValueError(
-                f"`model={model!r}` is a name, so its classes must come from rows with text. Load the model."
-            )
-        processing_class = processing_class or load_tokenizer(model)
-        model = load_base(model, class_names(sets, columns.label))
-    task_of(model)
-    check_problem_type(model.config)
-    if columns is not None and columns.label is not None and is_raw(sets.train):
+        processing_class = processing_class or load_tokenizer(model, spaced=kind is tasks.TOKEN_CLASSIFICATION)
+        model = _loaded(model, kind, sets, columns)
+    elif kind.has_classes and columns is not None and columns.label is not None and is_raw(sets.train):
         name_labels(model, sets.train, columns.label)
-    tokenise = Tokeniser(processing_class, columns, model.config)
-    return Prepared(model, processing_class, sets.map(tokenise), tokenise)
+    assert isinstance(model, nn.Module)
+    if kind in (tasks.MULTI_LABEL_CLASSIFICATION, tasks.TEXT_REGRESSION):
+        config: Any = base_of(model).config
+        config.problem_type = kind.problem_type  # so that it is saved
+    positions = positions_of(model)
+    tokenise = Tokeniser(processing_class, columns, model.config, kind, positions, max_length, virtual_tokens)
+    return Prepared(model, kind, processing_class, sets.map(tokenise), tokenise)
+
+
+def _kind_of(
+    model: nn.Module | str, rows: Any, task: str | None, text: str | Sequence[str] | None, label: str | None
+) -> Task:
+    """The task that the user names, or that the model's class or the columns stand for."""
+    raw = is_raw(rows)
+    if isinstance(model, str):
+        named = tasks.named(task) if task is not None else None
+        if raw and (named is None or named is TEXT_CLASSIFICATION):
+            guessed = data.guess_task(rows, text, label)
+            return guessed if named is None or guessed.name == named.name else named
+        if named is None:
+            raise ValueError(
+                f"`model={model!r}` is a name, so its task and classes must come from rows with text. Load the model."
+            )
+        return named
+    kind = task_of(model)
+    if task is not None and tasks.named(task).name != kind.name:
+        raise ValueError(
+            f"`task={task!r}`, but {type(base_of(model)).__name__} is for {kind.name}. Leave `task` out, or load the "
+            "model with the task's auto class."
+        )
+    if kind is TEXT_CLASSIFICATION and base_of(model).config.problem_type is None and _has_lists(rows, label):
+        return MULTI_LABEL_CLASSIFICATION
+    return kind
+
+
+def _has_lists(rows: Any, label: str | None) -> bool:
+    """Whether rows have several labels each."""
+    if not isinstance(rows, Dataset):
+        return False
+    names = [label] if label else [name for name in data.LABEL_COLUMNS if name in rows.column_names]
+    return any(hasattr(rows.features.get(name), "feature") for name in names)
+
+
+def _loaded(name: str, task: Task, sets: Sets, columns: data.Columns | None) -> Any:
+    if not task.has_classes:
+        return load_base(name, task, [])
+    if columns is None or columns.label is None or not is_raw(sets.train):
+        raise ValueError(f"`model={name!r}` is a name, so its classes must come from rows with text. Load the model.")
+    return load_base(name, task, class_names(sets, columns.label))
 
 
 @dataclass
@@ -254,6 +159,7 @@ class Adapted:
     Args:
         model: A PeftModel, or the model itself for full weights.
         method: What of it moves.
+        fresh: Names of the modules that no checkpoint filled.
         head: Name of the head's last layer where it is fresh, else None.
         base_revision: The base's commit, or None for a folder.
     """
@@ -261,6 +167,7 @@ class Adapted:
     model: nn.Module
     method: Method
     task: Task
+    fresh: Sequence[str]
     head: str | None
     base_revision: str | None
 
@@ -286,16 +193,17 @@ def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int 
             raise ValueError("The model's adapter is frozen. Load it with `is_trainable=True`.")
         config = model.peft_config[str(model.active_adapter)]
         method.validate(config)
-        fresh = head.fresh_copies(base) if _is_untrained(model, method) else []
-        return Adapted(model, method, task, head.last_layer(base, fresh, classes), config.revision)
+        fresh = head.fresh_copies(base) if task.has_head and _is_untrained(model, method) else []
+        return Adapted(model, method, task, fresh, head.last_layer(base, fresh, classes), config.revision)
     if peft_config is None:
         peft_config = method.default()
-    fresh = head.fresh_modules(model)
+    fresh = head.fresh_modules(model) if task.has_head else []
     last = head.last_layer(model, fresh, classes)
     # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
     config = copy.deepcopy(peft_config)
     revision = getattr(config, "revision", None) or pinned(base.config.name_or_path)
-    return Adapted(method.wrap(base, config, fresh, revision, task.peft_task_type), method, task, last, revision)
+    wrapped = method.wrap(base, config, fresh, revision, task.peft_task_type)
+    return Adapted(wrapped, method, task, fresh, last, revision)
 
 
 def _is_untrained(model: PeftModel, method: Method) -> bool:

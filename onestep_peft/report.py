@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from onestep_peft.step.line_search import SearchResult
 from onestep_peft.step.optimizer import StepOutcome
 
 FILE = "onestep.json"
@@ -20,6 +21,8 @@ PICTURE = "search.png"
 VERSION = 1
 STAGES = ("base", "head", "after")
 HELD_OUT = "held-out rows"
+# Of more classes than these, the table shows the worst.
+CLASSES_SHOWN, WORST_SHOWN = 20, 10
 
 
 @dataclass
@@ -30,9 +33,12 @@ class StepReport:
         base_model: The base: a Hub id, or a path relative to the saved folder.
         base_revision: The base's commit, or None for a local base.
         task: The Hub's `pipeline_tag`.
+        problem_type: Of a text classifier: "single_label_classification", "multi_label_classification" or
+            "regression"; None for other tasks.
         method: "lora", "full" or "prompt_tuning".
         merged_from: "lora" where its update has been added to the base's weights since ("method" is "full" then).
-        labels: Names of the classes in the order of their numbers.
+        labels: Names of the classes in the order of their numbers; empty for a task without classes.
+        outputs: Number of the head's outputs: classes, or numbers of a regression; 0 for a task without a head.
         rows: Number of rows for the "gradient", the "search" and the "guard".
         seconds: Wall time: "total" of the adaptation and its parts, and "evaluation", which "total" leaves out.
         peak_memory_bytes: The most memory held: of the accelerator, or of the process on the CPU.
@@ -44,15 +50,19 @@ class StepReport:
             come from: the command fills this in; in Python, set it before `save_model`.
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted; None where it had none) and "after".
         scored_on: Which rows "metrics" speak of: "eval_dataset", or "held-out rows" where none was given.
+        class_counts: Number of the scored items (rows, or tokens) by class.
+        class_recall: By stage and class, the share of them that is found; classes without items are left out.
         files: sha256 by file name, once saved.
     """
 
     base_model: str = ""
     base_revision: str | None = None
     task: str = "text-classification"
+    problem_type: str | None = None
     method: str = "lora"
     merged_from: str | None = None
     labels: list[str] = field(default_factory=list)
+    outputs: int = 0
     rows: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
@@ -60,6 +70,8 @@ class StepReport:
     datasets: dict[str, list[str]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float] | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
     scored_on: str = "eval_dataset"
+    class_counts: dict[str, int] = field(default_factory=dict)
+    class_recall: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -89,6 +101,8 @@ class StepReport:
         if not stages:
             return "There are no rows to compare by: give an eval_dataset.\n"
         text = table({stage: self.metrics[stage] or {} for stage in stages})
+        recall = {stage: self.class_recall[stage] for stage in STAGES if self.class_recall.get(stage)}
+        text += recall_table(recall, self.class_counts)
         if self.scored_on == HELD_OUT:
             text += "(on the held-out rows, which also chose the step: expect a little less on other rows)\n"
         return text
@@ -128,6 +142,28 @@ def table(scores: Mapping[str, Mapping[str, float]]) -> str:
     for title, found in scores.items():
         cells = (f"{found[name]:>{width}.4f}" if name in found else " " * width for name in names)
         lines.append("".join([f"{title:8}", *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def recall_table(recall: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> str:
+    """How many of each class' items are found, as text: a column for each title; of many classes the worst.
+
+    Args:
+        recall: Title -> class -> share that is found. The last title's order the worst.
+        counts: Items of each class.
+    """
+    if not recall:
+        return ""
+    last = list(recall.values())[-1]
+    shown, title = list(last), "recall of each class"
+    if len(last) > CLASSES_SHOWN:
+        shown = sorted(last, key=lambda label: last[label])[:WORST_SHOWN]
+        title = f"recall of the {WORST_SHOWN} worst of {len(last)} classes"
+    width = max(8, *(len(label) for label in shown))
+    lines = [f"{title}:", "".join([f"{'':{width}}{'items':>10}", *(f"{stage:>10}" for stage in recall)])]
+    for label in shown:
+        cells = (f"{found[label]:>10.4f}" for found in recall.values())
+        lines.append("".join([f"{label:{width}}{counts[label]:>10}", *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -184,6 +220,14 @@ def step_record(outcome: StepOutcome) -> dict[str, Any]:
         "energy_lost": outcome.energy_lost,
         "head_refitted": outcome.head_refitted,
     }
+
+
+def outcome_of(record: dict[str, Any]) -> StepOutcome:
+    """The outcome that an entry of `StepReport.steps` was made of, its times aside."""
+    searched = [
+        (one["direction"], SearchResult([tuple(point) for point in one["points"]])) for one in record["candidates"]
+    ]
+    return StepOutcome(**{**record, "candidates": searched})
 
 
 def peak_memory(device: torch.device) -> int:

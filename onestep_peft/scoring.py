@@ -7,22 +7,30 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 
 from onestep_peft.config import OneStepConfig
 from onestep_peft.errors import nearest
-from onestep_peft.gradient import ExactGradientTrainer
-from onestep_peft.preparation import Tokeniser
+from onestep_peft.interruption import ResumableTrainer
 from onestep_peft.report import HELD_OUT, StepReport
+from onestep_peft.tally import Tally
+from onestep_peft.wrapping import config_of, labels_of
+
+# Scores that fall as a model gets better, by the ends of their names.
+LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
-class ScoringTrainer(ExactGradientTrainer):
+class ScoringTrainer(ResumableTrainer):
     """Takes rows with text wherever Trainer takes tokens, and scores them on the way."""
 
     report: StepReport
-    tokenise: Tokeniser
     held_rows: Any
     seconds: dict[str, float]
+    _tally: Tally | None = None
+    _last_tally = Tally()
+    _keeps_logits = False
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in Trainer; rows may hold text."""
@@ -33,6 +41,39 @@ class ScoringTrainer(ExactGradientTrainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As in Trainer; rows may hold text, and come without labels."""
         return super().get_test_dataloader(self.tokenise("test_dataset", test_dataset, labelled=False))
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Trainer, with the mean loss of all items in place of a mean of the batches' means."""
+        self._tally = self._last_tally = Tally()
+        self._keeps_logits = description == "Prediction"  # `predict` gives them to its caller
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self._tally = None
+        loss = self._last_tally.loss
+        if loss is not None and output.metrics is not None:
+            scores = {"loss": loss, **self.task.scores_of_loss(loss)}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output
+
+    def predicted(self, logits: Any, _labels: Tensor) -> Tensor:
+        """What an evaluation keeps of a batch's logits: those of a language model would fill the memory."""
+        first = logits[0] if isinstance(logits, tuple) else logits
+        return first if self._keeps_logits else self.task.predict(first)
+
+    def observe(self, logits: Tensor, labels: Tensor, losses: Tensor, items: Tensor) -> None:
+        """Adds a batch to the sums of the evaluation that is under way."""
+        if self._tally is not None:
+            self._tally.add_rows(self.task, logits, labels, losses, items, self.accelerator.gather_for_metrics)
 
     @contextlib.contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -51,16 +92,33 @@ class ScoringTrainer(ExactGradientTrainer):
             before = self.report.metrics["head"] or self.report.metrics["base"]  # neither in a resumed run
             if stage == "after" and before and not any(outcome.accepted for outcome in self.one_step.outcomes):
                 self.report.metrics["after"] = before
-            elif isinstance(rows, Mapping):
-                scores = [(name, self.scores(some)) for name, some in rows.items()]
-                self.report.metrics[stage] = {f"{name}_{key}": v for name, one in scores for key, v in one.items()}
+                recall = self.report.class_recall
+                if before_recall := recall.get("head") or recall.get("base"):
+                    recall["after"] = before_recall
             else:
-                self.report.metrics[stage] = self.scores(rows)
+                sets = rows if isinstance(rows, Mapping) else {"": rows}
+                scores: dict[str, float] = {}
+                tally = Tally()
+                for name, some in sets.items():
+                    scores |= {f"{name}_{key}" if name else key: v for key, v in self.scores(some).items()}
+                    tally.add(self._last_tally)
+                self.report.metrics[stage] = scores
+                self._report_classes(stage, tally)
+
+    def _report_classes(self, stage: str, tally: Tally) -> None:
+        """What the scored rows have of each class, and the share of it that is found at this stage."""
+        labels = labels_of(config_of(cast(nn.Module, self.model)), self.task)
+        if recall := tally.recall(labels):
+            self.report.class_counts = tally.counts(labels)
+            self.report.class_recall[stage] = recall
 
     def scores(self, rows: Any) -> dict[str, float]:
         """Loss and metrics of some rows, without Trainer's callbacks."""
         result = self.evaluation_loop(
-            self.get_test_dataloader(rows), description="Evaluation", metric_key_prefix="eval"
+            self.get_test_dataloader(rows),
+            description="Evaluation",
+            # Without metrics nobody asks for logits, and those of a language model would fill the memory.
+            prediction_loss_only=True if self.compute_metrics is None else None,
         )
         scores = {key.removeprefix("eval_"): value for key, value in (result.metrics or {}).items()}
         return {key: value for key, value in scores.items() if key != "model_preparation_time"}
@@ -88,5 +146,5 @@ class ScoringTrainer(ExactGradientTrainer):
         score = self.scores(self.held_rows)[self._target_name]
         greater = self.args.greater_is_better
         if greater is None:
-            greater = not self._target_name.endswith("loss")
+            greater = not self._target_name.endswith(LOWER_IS_BETTER)
         return score >= target if greater else score <= target

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -28,25 +25,27 @@ from transformers.trainer_utils import TrainOutput
 from onestep_peft import head, preparation
 from onestep_peft import metrics as metric_names
 from onestep_peft.callbacks import StepCallback, StepProgress
+from onestep_peft.collation import check_lengths, collator_for
 from onestep_peft.config import AUTO, OneStepConfig
-from onestep_peft.gradient import named_rows, not_finite
+from onestep_peft.gradient import not_finite
 from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, padded, select, split_rows
-from onestep_peft.hub.sharing import SharingTrainer
-from onestep_peft.methods import check_directions, method_for
+from onestep_peft.methods import check_directions, method_for, prompt_tuning
 from onestep_peft.plan import Plan, make_plan
-from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
-from onestep_peft.saving import check_folder, check_free, portable, save_model_files, save_whole
+from onestep_peft.report import StepReport, peak_memory, step_record
+from onestep_peft.rows import Sets
+from onestep_peft.saving import check_folder
+from onestep_peft.saving_trainer import SavingTrainer
 from onestep_peft.step import processes
-from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED
+from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
-from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSettings
+from onestep_peft.step.line_search import affordable
+from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
-from onestep_peft.tasks import task_of
-from onestep_peft.wrapping import config_of
+from onestep_peft.wrapping import base_of, config_of, labels_of
 
 
-class OneStepTrainer(SharingTrainer):
+class OneStepTrainer(SavingTrainer):
     """A `transformers.Trainer` whose training is one step over all rows.
 
     The pass, the callbacks, the logs and the checkpoints are Trainer's. In place of an optimizer's many steps there
@@ -54,9 +53,10 @@ class OneStepTrainer(SharingTrainer):
     held-out rows, and a guard that undoes the step where it does not help.
 
     Args:
-        model: A model with a classification head, a PeftModel, or the name or folder of a base.
+        model: A model with a head for texts or tokens, or a causal language model; a PeftModel; or the name or folder
+            of a base.
         args: OneStepConfig; plain TrainingArguments are taken over.
-        train_dataset: Rows with text and a label (string or integer), or tokenised rows.
+        train_dataset: Rows as the task has them (see `onestep_peft.data`), or tokenised rows.
         eval_dataset: Rows that report (before, with the fitted head, after); they never choose.
         search_dataset: Rows that choose the step and guard it. None: they are held out of the training rows.
         processing_class: The tokenizer; loaded with the model where that is given by name.
@@ -66,9 +66,13 @@ class OneStepTrainer(SharingTrainer):
         metrics: Names or `evaluate.Metric` objects; default by task.
         compute_metrics: As in Trainer, in place of `metrics`.
         model_init: As in Trainer, in place of `model`.
-        text_column: The column with the text, or two of them for pairs; guessed where it is clear.
-        label_column: The column with the class; guessed where it is clear.
+        text_column: The column with the text (or words, or messages), or two of them: a pair of texts, or a prompt and
+            its completion; guessed where it is clear.
+        label_column: The column with the labels; guessed where it is clear.
         callbacks: As in Trainer.
+        preprocess_logits_for_metrics: As in Trainer, beside `compute_metrics`.
+        task: "text-classification", "token-classification" or "text-generation"; default what the model's class says,
+            or, for a base by name, what the columns say.
 
     Attributes:
         report: What the last `train` did, a `StepReport`.
@@ -93,6 +97,8 @@ class OneStepTrainer(SharingTrainer):
         text_column: str | Sequence[str] | None = None,
         label_column: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        task: str | None = None,
     ) -> None:
         config = OneStepConfig.upcast(args)
         set_seed(config.seed)  # before the model is loaded and the adapter drawn
@@ -105,22 +111,32 @@ class OneStepTrainer(SharingTrainer):
         template = model_init() if model is None and model_init is not None else model
         if template is None:
             raise ValueError("`model` is missing: give a model, its name, or `model_init`.")
-        sets = preparation.Sets(train_dataset, search_dataset, eval_dataset)
-        prepared = preparation.prepare(template, processing_class, sets, text_column, label_column)
+        sets = Sets(train_dataset, search_dataset, eval_dataset)
+        prepared = preparation.prepare(
+            template, processing_class, sets, text=text_column, label=label_column, task=task,
+            max_length=config.max_length,
+            virtual_tokens=prompt_tuning.virtual_tokens(config.method, peft_config, template),
+        )  # fmt: skip
         self._peft_config = peft_config
         self._method = method_for(config.method, peft_config, prepared.model)
         check_directions(self._method, [name for name in config.directions if name != AUTO])
         tokenizer = prepared.processing_class or getattr(data_collator, "tokenizer", None)
         self._pad_token_id = getattr(tokenizer, "pad_token_id", None)
         self.tokenise = prepared.tokenise
-        self._split = split_rows(prepared.sets.train, prepared.sets.search, config)
+        self.task, self._template_config = prepared.task, config_of(cast(nn.Module, prepared.model))
+        self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         if compute_metrics is None:
-            resolved = resolved or metric_names.resolve(task_of(prepared.model).metrics)
-            compute_metrics = metric_names.compute_metrics(resolved, config_of(prepared.model).num_labels)
-            config.batch_eval_metrics = True
+            compute_metrics = metric_names.function_for(
+                resolved, self.task, labels_of(self._template_config, self.task)
+            )
+            if compute_metrics is not None:
+                preprocess_logits_for_metrics = self.predicted
+                config.batch_eval_metrics = True
+        data_collator = data_collator or collator_for(self.task, tokenizer, self._method is prompt_tuning)
+        check_lengths(listed(prepared.sets.train), self.task, data_collator, tokenizer)
         self.report = StepReport()
-        self._saved_to: set[Path] = set()
+        self.saved_to: set[Path] = set()
         super().__init__(
             model=self._adapt(prepared.model) if model is not None else None,
             args=config,
@@ -130,18 +146,21 @@ class OneStepTrainer(SharingTrainer):
             processing_class=prepared.processing_class,
             model_init=model_init,
             compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             callbacks=[StepCallback(self), *(callbacks or [])],
         )
         self._progress = self._replace_progress_bar()
 
     def _adapt(self, model: nn.Module) -> nn.Module:
-        self._adapted = preparation.adapt(model, self._method, self._peft_config, self._pad_token_id)
-        self.task = self._adapted.task
-        return self._adapted.model
+        self.adapted = preparation.adapt(model, self._method, self._peft_config, self._pad_token_id)
+        self.task = self.adapted.task
+        return self.adapted.model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """The model that `model_init` makes, with the adapter on it."""
-        return self._adapt(super().call_model_init(trial))
+        """The model that `model_init` makes, its classes named as the first one's, with the adapter on it."""
+        model = super().call_model_init(trial)
+        preparation.name_alike(config_of(model), self._template_config)
+        return self._adapt(model)
 
     def _replace_progress_bar(self) -> StepProgress | None:
         if self.args.disable_tqdm:
@@ -154,12 +173,14 @@ class OneStepTrainer(SharingTrainer):
     def plan(self) -> Plan:
         """What `train` would do and cost. The model is not called, and nothing is changed or written."""
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset or ()]
-        fitted = head.active(self._bare_model, self._adapted.head) if self._fits_head() and self._adapted.head else None
+        fitted = head.active(self.bare_model, self.adapted.head) if self.fits_head() and self.adapted.head else None
+        wanted = self._method.auto if self._config.directions == (AUTO,) else self.directions
         return make_plan(
-            self._bare_model,
+            self.bare_model,
             self._config,
             method=self._method.name,
             directions=self.directions,
+            left_out=wanted[len(self.directions) :],
             rank=self._rank,
             layers=self.layers(),
             head=fitted,
@@ -176,17 +197,18 @@ class OneStepTrainer(SharingTrainer):
         Raises:
             ValueError: The output folder holds another run, or a row's loss is not finite.
         """
-        self._check_free(Path(self._config.output_dir or "."))
+        self.check_free(Path(self._config.output_dir or "."))
         self.report = StepReport()
         self.optimizer, self._head_done = None, False
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
-        before = Snapshot(self._trainable())
+        before = Snapshot(self.trainable())
         began = time.perf_counter()
         try:
-            with contextlib.ExitStack() as self._stack:
-                output = super().train(*args, **kwargs)
-            self.measure("after")
+            with self.resumable():
+                with contextlib.ExitStack() as self._stack:
+                    output = super().train(*args, **kwargs)
+                self.measure("after")
         except BaseException:
             before.restore()
             raise
@@ -200,25 +222,25 @@ class OneStepTrainer(SharingTrainer):
         """Before the first pass: the base's score, the held-out rows, the head and its score."""
         if self._head_done:  # a retry with smaller batches
             return
-        self._held_out = self._make_held_out()
+        self.held_out = self._make_held_out()
         self.check_target()
-        if self.state.global_step > 0:  # a resumed run: its head was fitted before its first step
-            return
-        self.measure("base")
-        if self._fits_head():
-            with self.clock("head"):
-                self._fit_head()
-            self.measure("head")
         self._head_done = True
+        if self.state.global_step > 0 or self.resume_run(base_of(self.bare_model), self.adapted.fresh):
+            return  # the head was fitted before the first step
+        self.measure("base")
+        if self.fits_head():
+            with self.clock("head"):
+                self.fit_head()
+            self.measure("head")
 
     def end_step(self) -> bool:
         """After a step: books its times, fits the head to the moved body; returns whether to stop here."""
         outcome = self.one_step.outcomes[-1]
         for part, seconds in outcome.seconds.items():
             self.seconds[part] += seconds
-        if outcome.accepted and self._held_out is not None and self._fits_head():
+        if outcome.accepted and self.held_out is not None and self.fits_head():
             with self.clock("head"):
-                self._refit_head(outcome)
+                self.refit_head(outcome)
         return not outcome.accepted or self.reached_target()
 
     # The step
@@ -231,13 +253,13 @@ class OneStepTrainer(SharingTrainer):
                 self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
                 config.guard_confidence,
             )  # fmt: skip
-            whitened = not WHITENED.isdisjoint(self.directions)
+            whitened = not WHITENED.isdisjoint(map(rule_of, self.directions))
             self.optimizer = OneStepOptimizer(
-                self._trainable(),
+                self.trainable(),
                 settings,
                 layers=layers,
                 statistics=self._stack.enter_context(observed(layers, whitened)),
-                held_out_losses=self._held_out_losses if self.held_rows is not None else None,
+                held_out_losses=self.held_out_losses if self.held_rows is not None else None,
                 progress=self._show_point,
             )
             self._stack.enter_context(self.optimizer.gradients.collected())
@@ -254,29 +276,32 @@ class OneStepTrainer(SharingTrainer):
     @property
     def directions(self) -> tuple[str, ...]:
         """The candidates by name."""
-        return self._method.auto if self._config.directions == (AUTO,) else self._config.directions
+        if self._config.directions != (AUTO,):
+            return self._config.directions
+        held = len(self.held_rows) if self.held_rows is not None else 0
+        return self._method.auto[: affordable(self._config.search_budget, len(self.pass_rows), held)]
 
     def layers(self) -> Sequence[Layer | Prompt]:
         """What moves, beside the parameters that `sgd` and `sign` move as they are."""
         if PARAMETER_DIRECTIONS.keys() >= set(self.directions):
             return []
-        fitted = self._adapted.head if self._fits_head() else None
-        return self._method.layers(self._bare_model, fitted)
+        fitted = self.adapted.head if self.fits_head() else None
+        return self._method.layers(self.bare_model, fitted)
 
-    @property
-    def _bare_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(cast(nn.Module, self.model))
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that a run may change."""
+        return [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._bare_model.parameters() if parameter.requires_grad]
+    def settings_of_the_pass(self) -> dict[str, Any]:
+        """What the sums of a pass depend on, beside rows and model."""
+        config = self._config
+        names = ("fit_head", "seed", "bf16", "bf16_full_eval", "gradient_checkpointing")
+        settings = {name: getattr(config, name) for name in names}
+        return {**settings, "method": self._method.name, "task": self.task.name, "directions": self.directions}
 
     def _show_point(self, direction: str, step_size: float, loss: float) -> None:
         if self._progress is not None:
             self._progress.advance(f"{direction}: loss {loss:.4f} at {step_size:.3g}")
-
-    def _held_out_losses(self) -> Tensor:
-        assert self._held_out is not None
-        return self._held_out.losses(self._bare_model)
 
     def _make_held_out(self) -> HeldOut | None:
         if self.held_rows is None:
@@ -287,66 +312,14 @@ class OneStepTrainer(SharingTrainer):
         own = positions[processes.rank() :: processes.number()]
         held = list(batches)
         held_out = HeldOut(held, own + [[]] * (len(held) - len(own)), len(self.held_rows), self.task)
-        bad = (~torch.isfinite(held_out.losses(self._bare_model))).nonzero().flatten().tolist()
+        bad = (~torch.isfinite(held_out.losses(self.bare_model))).nonzero().flatten().tolist()
         if bad:
             content = by_content(listed(self.held_rows))
             numbers = [self._split.held_numbers[content[i]] for i in bad]
-            raise ValueError(not_finite(float("nan"), named_rows(numbers, self._split.held_name)))
+            raise ValueError(not_finite(float("nan"), self.named(numbers, self._split.held_name)))
         return held_out
 
-    # The head
-
-    def _fits_head(self) -> bool:
-        wanted = self._config.fit_head
-        if wanted is True and self._adapted.head is None:
-            raise ValueError("`fit_head=True`, but the model has no freshly initialised head. Leave it out.")
-        return self._adapted.head is not None and (not self._config.is_plain if wanted == "auto" else bool(wanted))
-
-    def _fit_head(self) -> None:
-        assert self._adapted.head is not None
-        layer = head.active(self._bare_model, self._adapted.head)
-        batches = self.get_test_dataloader(padded(self.train_dataset, self.args.eval_batch_size))
-        x, labels = head.features(self._bare_model, layer, self._watched(batches, "head"))
-        finite = torch.isfinite(x).all(1)
-        if not finite.all():
-            self.forget_cursor()
-            raise ValueError(not_finite(float("nan"), self.name_rows((~finite).nonzero().flatten().tolist())))
-        held = head.features(self._bare_model, layer, self._held_out.batches) if self._held_out is not None else None
-        x, labels = processes.gathered(x), processes.gathered(labels)
-        if held is not None:
-            held = processes.gathered(held[0]), processes.gathered(held[1])
-        head.install(layer, head.fit(x, labels, held_out=held, classes=layer.out_features, bias=layer.bias is not None))
-        processes.broadcast(layer.parameters())
-
-    def _refit_head(self, outcome: StepOutcome) -> None:
-        """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""
-        assert self._adapted.head is not None
-        layer = head.active(self._bare_model, self._adapted.head)
-        before = Snapshot(layer.parameters())
-        self._fit_head()
-        loss = float(self._held_out_losses().mean())
-        outcome.head_refitted = loss < outcome.loss_after
-        if outcome.head_refitted:
-            outcome.loss_after = loss
-        else:
-            before.restore()
-
-    def _watched(self, batches: DataLoader, what: str) -> Iterator[Any]:
-        if self._progress is not None:
-            self._progress.start(what, len(batches), "batch")
-        for batch in batches:
-            yield batch
-            if self._progress is not None:
-                self._progress.advance()
-
     # The report
-
-    def _identify(self) -> None:
-        """What the result belongs to; known without a run too."""
-        report, config = self.report, config_of(self._bare_model)
-        report.task, report.method = self.task.name, self._method.name
-        report.base_model, report.base_revision = config.name_or_path, self._adapted.base_revision
-        report.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
 
     def _row_counts(self) -> dict[str, int]:
         held = len(self.held_rows) if self.held_rows is not None else 0
@@ -357,7 +330,7 @@ class OneStepTrainer(SharingTrainer):
         }
 
     def _fill_report(self, seconds: float) -> None:
-        self._identify()
+        self.identify()
         report = self.report
         report.rows = self._row_counts()
         self.seconds["pass"] = self.pass_seconds
@@ -372,53 +345,3 @@ class OneStepTrainer(SharingTrainer):
             logs = {key: value for key, value in logs.items() if key != "learning_rate"}
             logs["step_size"] = self.one_step.outcomes[-1].step_size
         super().log(logs, start_time)
-
-    # Saving
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """An ordinary PEFT adapter (or model), its head, tokenizer, report and picture; the folder is whole or absent.
-
-        With `push_to_hub=True` the folder is then pushed. Checkpoints that Trainer makes on the way are Trainer's own,
-        without the token, and are never pushed.
-
-        Raises:
-            ValueError: The push is refused; the folder is saved.
-            PushError: The push did not arrive; the folder is saved.
-        """
-        if _internal_call:
-            token, self.args.hub_token = self.args.hub_token, None
-            try:
-                super().save_model(output_dir, _internal_call=True)
-            finally:
-                self.args.hub_token = token
-        elif self.args.should_save:
-            folder = Path(output_dir or self._config.output_dir or ".")
-            self.save_folder(folder)
-            if self._config.push_to_hub:
-                self.push_folder(folder)
-
-    def save_folder(self, folder: Path) -> None:
-        """Writes a whole folder, over nothing but what this trainer has saved there before."""
-        self._check_free(folder)
-        self.report = save_whole(folder, lambda staging: self._write(staging, folder))
-        self._saved_to.add(folder)
-
-    def _check_free(self, folder: Path) -> None:
-        if folder not in self._saved_to:
-            check_free(folder)
-
-    def _write(self, staging: Path, folder: Path) -> StepReport:
-        save_model_files(self._bare_model, staging)
-        tokenizer: Any = self.processing_class
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        self.report.plot(staging / PICTURE)
-        self.write_probe(self._bare_model, staging)
-        self._identify()
-        if not self.report.base_model:
-            warnings.warn(
-                "The base was built from a configuration and has no name, so the adapter cannot say what it belongs "
-                "to: save the base too, and load with `base_model=`.",
-                stacklevel=2,
-            )
-        return replace(self.report, base_model=portable(self.report.base_model, folder.resolve()))

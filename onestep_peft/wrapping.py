@@ -8,6 +8,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from onestep_peft.tasks import Task
+
 
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model under an adapter; a plain model is its own base."""
@@ -17,3 +19,8 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 def config_of(model: nn.Module) -> Any:
     """The configuration of a model, or of the base under its adapter."""
     return base_of(model).config
+
+
+def labels_of(config: Any, task: Task) -> list[str]:
+    """Names of a model's classes in the order of their numbers; none where the task has no classes."""
+    return [str(config.id2label[i]) for i in range(config.num_labels)] if task.has_classes else []

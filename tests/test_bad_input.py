@@ -134,13 +134,13 @@ def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_labels": 1}, "num_labels=1, a regression head"),
-        ({"problem_type": "multi_label_classification"}, "`problem_type='multi_label_classification'`.*single_label"),
-        ({"problem_type": "regression"}, "`problem_type='regression'`.*single_label"),
+        ({"problem_type": "multi_label_classification"}, "train_dataset, row 0: label [01] is no list"),
+        ({"problem_type": "regression"}, "train_dataset, row 0: 1 numbers for the model's 2 outputs"),
+        ({"problem_type": "multi_label"}, "`problem_type='multi_label'`.*Did you mean 'multi_label_classification'"),
     ],
 )
-def test_a_head_without_one_class_a_row_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    refused(message, ROWS, tmp_path, model=tiny_bert(**options))
+def test_labels_that_the_head_does_not_take_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    refused(message, tokenised(ROWS), tmp_path, model=tiny_bert(**options))
 
 
 def test_no_model_is_refused(tmp_path: Path) -> None:

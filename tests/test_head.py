@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
+    DataCollatorForTokenClassification,
     DebertaV2Config,
     DistilBertConfig,
     LlamaConfig,
@@ -25,7 +26,9 @@ from transformers import (
 )
 
 from onestep_peft import head
+from onestep_peft.tasks import MULTI_LABEL_CLASSIFICATION, TEXT_REGRESSION, TOKEN_CLASSIFICATION
 from tests.conftest import SMALL, VOCABULARY, tiny_bert, tiny_llama, toy_rows, word_tokenizer
+from tests.tasks.small import tiny_tagger
 
 CONFIGS = {
     "bert": (BertConfig(**SMALL), ["classifier"], "classifier"),
@@ -110,7 +113,7 @@ def scikit_learn(x: Tensor, labels: Tensor, penalty: float, bias: bool) -> tuple
 @pytest.mark.parametrize("bias", [True, False])
 def test_fit_matches_scikit_learn(bias: bool) -> None:
     x, labels = clusters(120, seed=0)
-    found = head.fit(x, labels, held_out=None, classes=3, bias=bias)
+    found = head.fit(x, labels, held_out=None, outputs=3, bias=bias)
     assert found.penalty == 1 / 120
     weight, offset = scikit_learn(x, labels, found.penalty, bias)
     assert np.allclose(found.weight.numpy(), weight, atol=1e-4)
@@ -127,7 +130,7 @@ def test_the_penalty_is_the_one_the_held_out_rows_prefer(bias: bool) -> None:
     # Few rows, many features: a weak penalty overfits, so the strongest and the weakest both lose.
     x, labels = clusters(25, seed=1, d=12)
     held = clusters(400, seed=2, d=12)
-    found = head.fit(x, labels, held_out=held, classes=3, bias=bias)
+    found = head.fit(x, labels, held_out=held, outputs=3, bias=bias)
     losses = {}
     for penalty in head.PENALTIES:
         weight, offset = scikit_learn(x, labels, penalty, bias)
@@ -142,16 +145,16 @@ def test_the_penalty_is_the_one_the_held_out_rows_prefer(bias: bool) -> None:
 def test_rows_without_a_label_do_not_count() -> None:
     x, labels = clusters(60, seed=0)
     held, held_labels = clusters(40, seed=1)
-    some = head.fit(x[:40], labels[:40], held_out=(held[:30], held_labels[:30]), classes=3, bias=True)
+    some = head.fit(x[:40], labels[:40], held_out=(held[:30], held_labels[:30]), outputs=3, bias=True)
     labels[40:], held_labels[30:] = -100, -100
-    marked = head.fit(x, labels, held_out=(held, held_labels), classes=3, bias=True)
+    marked = head.fit(x, labels, held_out=(held, held_labels), outputs=3, bias=True)
     assert torch.equal(some.weight, marked.weight) and torch.equal(some.bias, marked.bias)
 
 
 def test_a_feature_that_never_varies_does_no_harm() -> None:
     x, labels = clusters(60, seed=0)
     x[:, 2] = 7.0
-    found = head.fit(x, labels, held_out=None, classes=3, bias=True)
+    found = head.fit(x, labels, held_out=None, outputs=3, bias=True)
     assert torch.isfinite(found.weight).all() and torch.isfinite(found.bias).all()
 
 
@@ -169,10 +172,10 @@ def batches(padding_side: str) -> tuple[list[dict[str, Any]], list[str]]:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_features_of_a_decoder_are_its_last_real_tokens(side: str) -> None:
     model = tiny_llama()
-    found, labels = head.features(model, model.score, batches(side)[0])
-    assert labels.tolist() == [row["label"] for row in toy_rows(11, seed=0)]
+    found = head.features(model, model.score, batches(side)[0])
+    assert found.labels.tolist() == [row["label"] for row in toy_rows(11, seed=0)]
     with torch.no_grad():
-        for text, feature in zip(batches(side)[1], found, strict=True):
+        for text, feature in zip(batches(side)[1], found.x, strict=True):
             one = word_tokenizer()(text, return_tensors="pt")
             hidden = model.model(**one).last_hidden_state[0, -1]
             assert torch.allclose(feature, hidden, atol=1e-4)
@@ -180,11 +183,11 @@ def test_features_of_a_decoder_are_its_last_real_tokens(side: str) -> None:
 
 def test_features_of_an_encoder_are_the_heads_input_without_dropout() -> None:
     model: PreTrainedModel = tiny_bert(classifier_dropout=0.5).train()
-    found, _ = head.features(model, model.classifier, batches("right")[0])
+    found = head.features(model, model.classifier, batches("right")[0])
     assert model.training
     model.eval()
     with torch.no_grad():
-        for text, feature in zip(batches("right")[1], found, strict=True):
+        for text, feature in zip(batches("right")[1], found.x, strict=True):
             pooled = model.bert(**word_tokenizer()(text, return_tensors="pt")).pooler_output[0]
             assert torch.allclose(feature, pooled, atol=1e-5)
 
@@ -192,6 +195,56 @@ def test_features_of_an_encoder_are_the_heads_input_without_dropout() -> None:
 def test_an_installed_head_gives_the_logits_of_the_fit() -> None:
     model = tiny_bert(num_labels=3)
     x, labels = clusters(60, seed=0, d=32)
-    fitted = head.fit(x, labels, held_out=None, classes=3, bias=True)
+    fitted = head.fit(x, labels, held_out=None, outputs=3, bias=True)
     head.install(model.classifier, fitted)
     assert torch.allclose(model.classifier(x).double(), x.double() @ fitted.weight.T + fitted.bias, atol=1e-3)
+
+
+# Other tasks
+
+
+def test_several_labels_are_independent_logistic_regressions() -> None:
+    x, labels = clusters(120, seed=0)
+    targets = torch.stack([labels == 0, labels > 0, x[:, 0] > 3], 1).float()
+    targets[5] = -100
+    found = head.fit(x, targets, held_out=None, outputs=3, bias=True, task=MULTI_LABEL_CLASSIFICATION)
+    keep = targets[:, 0] >= 0
+    for i in range(3):
+        # The loss of a row is the mean over three classes, so a class alone stands under thrice the penalty.
+        weight, offset = scikit_learn(x[keep], targets[keep, i], 3 * found.penalty, True)
+        assert np.allclose(found.weight[i].numpy(), weight[0], atol=1e-3)
+        assert np.allclose(found.bias[i].numpy(), offset[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_numbers_are_fitted_by_ridge_regression(bias: bool) -> None:
+    x, _ = clusters(120, seed=0)
+    y = 1000 + 50 * (x @ torch.randn(5, generator=torch.Generator().manual_seed(1)))
+    y[7] = float("nan")
+    found = head.fit(x, y, held_out=None, outputs=1, bias=bias, task=TEXT_REGRESSION)
+    features, targets = x[~y.isnan()].double().numpy(), y[~y.isnan()].double().numpy()
+    mean = features.mean(0) if bias else np.zeros(5)
+    scale = np.sqrt(((features - mean) ** 2).mean(0))
+    # scikit-learn: Σ error² + alpha ‖w‖²; here the mean of the errors² + penalty/2 ‖w‖².
+    ridge = Ridge(alpha=len(targets) * found.penalty / 2, fit_intercept=bias).fit((features - mean) / scale, targets)
+    assert np.allclose(found.weight[0].numpy(), ridge.coef_ / scale, rtol=1e-4)
+    if bias:
+        assert float(found.bias[0]) == pytest.approx(float(ridge.intercept_ - (ridge.coef_ / scale) @ mean), rel=1e-4)
+
+
+def test_features_of_tokens_are_those_with_a_label() -> None:
+    model = tiny_tagger().eval()
+    rows = [dict(word_tokenizer()(row["text"])) for row in toy_rows(5, seed=0)]
+    for row in rows:
+        row["labels"] = [-100 if i % 3 == 0 else i % 5 for i in range(len(row["input_ids"]))]
+    collate = DataCollatorForTokenClassification(word_tokenizer())
+    found = head.features(model, model.classifier, [collate(rows[:3]), collate(rows[3:])])
+    expected = [(i, label) for i, row in enumerate(rows) for label in row["labels"] if label != -100]
+    assert list(zip(found.rows.tolist(), found.labels.tolist(), strict=True)) == expected
+    with torch.no_grad():
+        logits = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows])
+    known = torch.tensor([label != -100 for row in rows for label in row["labels"]])
+    assert torch.allclose(model.classifier(found.x), logits[known], atol=1e-5)
+    fitted = head.fit(found.x, found.labels, held_out=None, outputs=5, bias=True, task=TOKEN_CLASSIFICATION)
+    plain = head.fit(found.x, found.labels, held_out=None, outputs=5, bias=True)
+    assert torch.equal(fitted.weight, plain.weight)

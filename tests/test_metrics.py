@@ -11,8 +11,10 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from transformers import EvalPrediction
 
-from onestep_peft.metrics import BUNDLED, compute_metrics, resolve
+from onestep_peft.metrics import compute_metrics, resolve
+from onestep_peft.tasks import TEXT_CLASSIFICATION
 
+OF_CLASSES = ("accuracy", "precision", "recall", "f1")
 SCIKIT_LEARN = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
 
 
@@ -25,17 +27,21 @@ def drawn(classes: int, rows: int = 101, seed: int = 0) -> tuple[np.ndarray, np.
     return logits, labels
 
 
+def computed(metrics: Any, classes: int) -> Any:
+    return compute_metrics(metrics, TEXT_CLASSIFICATION, [f"c{i}" for i in range(classes)])
+
+
 def expected(name: str, predicted: np.ndarray, labels: np.ndarray, classes: int) -> float:
     if name == "accuracy":
         return accuracy_score(labels, predicted)
     return SCIKIT_LEARN[name](labels, predicted, average="binary" if classes == 2 else "macro", zero_division=0)
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", OF_CLASSES)
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_bundled_metrics_match_scikit_learn(name: str, classes: int) -> None:
     logits, labels = drawn(classes)
-    compute = compute_metrics(resolve([name]), classes)
+    compute = computed(resolve([name]), classes)
     found = compute(EvalPrediction(logits, labels))
     assert found == {name: pytest.approx(expected(name, logits.argmax(1), labels, classes))}
 
@@ -46,15 +52,15 @@ def test_a_class_that_is_never_predicted_or_never_there_scores_zero(name: str, c
     logits, labels = drawn(classes)
     logits[:, 1] = -100.0
     labels[labels == classes - 1] = 0
-    found = compute_metrics(resolve([name]), classes)(EvalPrediction(logits, labels))
+    found = computed(resolve([name]), classes)(EvalPrediction(logits, labels))
     assert found[name] == pytest.approx(expected(name, logits.argmax(1), labels, classes))
 
 
 @pytest.mark.parametrize("sizes", [[1] * 101, [32, 32, 32, 5]])
 def test_batches_give_the_metrics_of_all_rows_at_once(sizes: list[int]) -> None:
     logits, labels = drawn(3)
-    once = compute_metrics(resolve(list(BUNDLED)), 3)(EvalPrediction(logits, labels))
-    compute = compute_metrics(resolve(list(BUNDLED)), 3)
+    once = computed(resolve(OF_CLASSES), 3)(EvalPrediction(logits, labels))
+    compute = computed(resolve(OF_CLASSES), 3)
     ends = np.cumsum(sizes)
     for round_ in range(2):  # a second evaluation starts from nothing
         for size, end in zip(sizes, ends, strict=True):
@@ -69,15 +75,16 @@ def test_rows_without_a_label_are_left_out() -> None:
     marked = labels.copy()
     marked[::4] = -100
     keep = marked != -100
-    found = compute_metrics(resolve(["accuracy"]), 3)(EvalPrediction(logits, marked))
+    found = computed(resolve(["accuracy"]), 3)(EvalPrediction(logits, marked))
     assert found["accuracy"] == pytest.approx(accuracy_score(labels[keep], logits[keep].argmax(1)))
 
 
-def test_logits_in_a_tuple_are_the_first_of_it() -> None:
+def test_logits_in_a_tuple_are_the_first_of_it_and_decisions_do_as_well() -> None:
     logits, labels = drawn(3)
-    compute = compute_metrics(resolve(["accuracy"]), 3)
-    hidden = np.zeros((101, 9))
-    assert compute(EvalPrediction((logits, hidden), labels)) == compute(EvalPrediction(logits, labels))
+    compute = computed(resolve(["accuracy"]), 3)
+    expected_ = compute(EvalPrediction(logits, labels))
+    assert compute(EvalPrediction((logits, np.zeros((101, 9))), labels)) == expected_
+    assert compute(EvalPrediction(logits.argmax(1), labels)) == expected_
 
 
 class ShareOf(evaluate.Metric):
@@ -94,7 +101,7 @@ class ShareOf(evaluate.Metric):
 def test_any_metric_object_goes_beside_the_bundled_ones() -> None:
     logits, labels = drawn(3)
     metrics = resolve([ShareOf(keep_in_memory=True), "accuracy"])
-    found = compute_metrics(metrics, 3)(EvalPrediction(logits, labels))
+    found = computed(metrics, 3)(EvalPrediction(logits, labels))
     assert found == {
         "share": pytest.approx(float((logits.argmax(1) == 1).mean())),
         "accuracy": pytest.approx(accuracy_score(labels, logits.argmax(1))),

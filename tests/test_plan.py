@@ -38,7 +38,7 @@ class Spy:
         self.rows = self.backward_rows = 0
         self.statistics: dict[str, int] = {}
         self.gradients = self.snapshots = 0
-        base: Any = trainer._bare_model
+        base: Any = trainer.bare_model
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
         base.register_forward_pre_hook(self._count, with_kwargs=True)
         take, init = type(trainer).create_optimizer, Snapshot.__init__

@@ -17,6 +17,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from onestep_peft import OneStepTrainer
 from onestep_peft.held_out import carve, split_rows
 from onestep_peft.methods import lora
+from onestep_peft.tasks import TEXT_CLASSIFICATION
 from tests.conftest import (
     assert_same_bits,
     bits,
@@ -82,7 +83,7 @@ def test_the_reported_scores_are_the_models(learnt: OneStepTrainer) -> None:
 
 def test_the_table_has_a_line_for_each_stage(learnt: OneStepTrainer) -> None:
     lines = learnt.report.table().splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["base", "head", "after"]
+    assert [line.split()[0] for line in lines[1:]] == ["base", "head", "after", "recall", "items", "LABEL_0", "LABEL_1"]
     assert "accuracy" in lines[0]
     assert f"{learnt.report.metrics['after']['accuracy']:.4f}" in lines[3]
     assert learnt.report.steps[0]["direction"] in learnt.report.summary()
@@ -270,7 +271,7 @@ def test_rows_labelled_minus_100_contribute_nothing(direction: str, tmp_path: Pa
 def test_rows_without_a_label_are_not_held_out() -> None:
     # They could neither choose nor judge: their loss is 0 whatever the step.
     rows = tokenised([*TRAIN[:40], *({**row, "label": -100} for row in TRAIN[40:240])])
-    split = split_rows(rows, None, config_for(Path("unused"), search_fraction=0.2))
+    split = split_rows(rows, None, config_for(Path("unused"), search_fraction=0.2), TEXT_CLASSIFICATION)
     assert len(split.held_rows) == 8 and len(split.pass_rows) == 32
     assert all(label != -100 for label in split.held_rows["labels"])
 

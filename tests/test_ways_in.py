@@ -10,7 +10,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from onestep_peft import OneStepTrainer, load
-from onestep_peft.data import _numbers, count_labels
+from onestep_peft.data import count_labels
+from onestep_peft.data.labels import class_numbers
 from tests.conftest import assert_same_bits, bits, config_for, tiny_bert, toy_rows, trainer_for, word_tokenizer
 
 TRAIN = toy_rows(300, seed=1)
@@ -70,4 +71,4 @@ def test_an_adapter_saved_before_any_step_loads(tmp_path: Path) -> None:
 def test_an_empty_cell_among_integer_labels_is_a_row_without_label() -> None:
     rows = Dataset.from_dict({"text": ["w1", "w2", "w9"], "label": [0.0, None, 1.0]})
     assert count_labels(rows, "label") == (None, 2)
-    assert _numbers(rows, "label", {}, 2, "rows") == [0, -100, 1]
+    assert class_numbers(rows, "label", {}, 2, "rows") == [0, -100, 1]

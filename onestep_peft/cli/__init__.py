@@ -18,7 +18,7 @@ Adapt a pretrained model in one optimization step.
 
 commands:
   train     adapt a model to a data set:     onestep train --model M --dataset D --output-dir OUT
-  predict   what it says of texts:           onestep predict OUT "text" ...
+  predict   use it on texts:                 onestep predict OUT "text" ...
   evaluate  how good it is on other rows:    onestep evaluate OUT --dataset D
   merge     make a plain model of a LoRA:    onestep merge OUT WHOLE
   push      share it on the Hub:             onestep push OUT user/name

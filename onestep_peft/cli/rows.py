@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from onestep_peft.data import LABEL_COLUMNS, guess_text
+from onestep_peft.data import COMPLETION, LABEL_COLUMNS, MESSAGES, WORD_COLUMNS, guess_text
 from onestep_peft.errors import nearest
 from onestep_peft.prediction import Text
 
@@ -82,7 +82,7 @@ READERS = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _csv, ".txt": _l
 
 
 def texts_of(rows: Sequence[Row], columns: Sequence[str]) -> list[Text]:
-    """The text of each row, or the pair of them.
+    """The text of each row, or the pair of them; or its words, or the messages that are to be answered.
 
     Args:
         columns: Names of one or two fields; none to guess.
@@ -96,13 +96,45 @@ def texts_of(rows: Sequence[Row], columns: Sequence[str]) -> list[Text]:
             raise ValueError(f"No column {name!r}; the columns are {names}.{nearest(name, names)}")
     if len(columns) > 2:
         raise ValueError(f"`--text-column` names {len(columns)} columns. Name one, or two for pairs.")
-    strings = [name for name in names if name.lower() not in LABEL_COLUMNS and _is_text(rows[0].get(name))]
-    wanted = tuple(columns) or guess_text(strings, names)
+    wanted = tuple(columns) or _guessed(rows[0], names)
     for number, row in enumerate(rows):
         for name in wanted:
-            if not isinstance(row.get(name), str):
+            if not (isinstance(row.get(name), str) or (len(wanted) == 1 and _is_list(row.get(name)))):
                 raise ValueError(f"Row {number} has no text in {name!r}: {row.get(name)!r}. Fill or drop it.")
-    return [row[wanted[0]] if len(wanted) == 1 else (row[wanted[0]], row[wanted[1]]) for row in rows]
+    if len(wanted) == 2:
+        return [(row[wanted[0]], row[wanted[1]]) for row in rows]
+    return [_unanswered(row[wanted[0]]) for row in rows]
+
+
+def _guessed(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+    """What a first row's fields stand for: messages, words, a prompt, or else a text or two."""
+    for name in (*MESSAGES, *WORD_COLUMNS):
+        if _is_list(row.get(name)):
+            return (name,)
+    if set(COMPLETION) <= set(names):
+        return (COMPLETION[0],)
+    fields = [name for name in names if name.lower() not in LABEL_COLUMNS]
+    if len(fields) == 1 and _is_list(row.get(fields[0])):
+        return (fields[0],)
+    return guess_text([name for name in fields if _is_text(row.get(name))], names)
+
+
+def _is_list(value: Any) -> bool:
+    """Words or messages; none of them empty."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, type(value[0])) for item in value)
+        and (isinstance(value[0], str | dict))
+    )
+
+
+def _unanswered(text: Text) -> Text:
+    """A conversation without the answers at its end: they are what is to be said."""
+    if isinstance(text, list) and isinstance(text[0], dict):
+        last = max((i for i, one in enumerate(text) if one.get("role") != "assistant"), default=0)
+        return text[: last + 1]
+    return text
 
 
 def _is_text(value: Any) -> bool:

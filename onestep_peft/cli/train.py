@@ -14,6 +14,7 @@ from onestep_peft.cli.adapter import OWNERS, AdapterOptions, check_owners, peft_
 from onestep_peft.cli.parsing import Parser, be_quiet, build, parse, require
 from onestep_peft.cli.splits import labelled, named
 from onestep_peft.config import OneStepConfig
+from onestep_peft.metrics import BUNDLED
 from onestep_peft.saving import check_free
 from onestep_peft.trainer import OneStepTrainer
 
@@ -26,6 +27,10 @@ class TrainOptions:
 
     model: str = field(metadata={"help": "The base: a Hub id or a folder."})
     dataset: str = field(metadata={"help": "Rows: a Hub id, a .jsonl, .csv or .parquet file, or a folder of them."})
+    task: str | None = field(
+        default=None,
+        metadata={"help": "text-classification, token-classification or text-generation (default: by the columns)."},
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     search_dataset: str | None = field(
         default=None, metadata={"help": "Rows that choose the step (default: a validation split, else held out)."}
@@ -34,11 +39,13 @@ class TrainOptions:
         default=None, metadata={"help": "Rows that report (default: a test split, else a validation split)."}
     )
     text_column: list[str] = field(
-        default_factory=list, metadata={"help": "The column with the text, or two for pairs (default: guessed)."}
+        default_factory=list,
+        metadata={"help": "The column with the text, or two for pairs or completions (default: guessed)."},
     )
-    label_column: str | None = field(default=None, metadata={"help": "The column with the class (default: guessed)."})
+    label_column: str | None = field(default=None, metadata={"help": "The column with the labels (default: guessed)."})
     metrics: list[str] = field(
-        default_factory=list, metadata={"help": "accuracy, precision, recall, f1, or any name evaluate.load finds."}
+        default_factory=list,
+        metadata={"help": f"{', '.join(BUNDLED)}, or any name evaluate.load finds (default: by task)."},
     )
     config: str | None = field(
         default=None, metadata={"help": "Options in a YAML file, one a line; the command line wins over it."}
@@ -50,17 +57,19 @@ ABOUT = """Adapts a pretrained model to your rows in one optimization step.
 
   onestep train --model distilbert/distilbert-base-uncased --dataset rows.csv --output-dir out
 
-Rows hold a text and a class. Held-out rows choose how far the step goes, and whether it is kept."""
+Rows hold a text (or two) and a class, a list of classes or a number; `tokens` and a tag for each; or, for text
+generation, `text`, `prompt` and `completion`, or `messages`. Held-out rows choose how far the step goes, and whether
+it is kept."""
 GROUPS = {
     "what goes in and comes out": ["model", "dataset", "output_dir", "config", "dry_run"],
     "the rows": [],
     "what moves": ["method", *OWNERS],
     "the step": [
-        "direction", "step_size", "max_steps", "stop_at", "damping", "rank", "fit_head", "search_fraction",
-        "search_rows_max", "guard", "guard_confidence",
+        "direction", "step_size", "max_steps", "stop_at", "damping", "rank", "search_budget", "fit_head",
+        "search_fraction", "search_rows_max", "guard", "guard_confidence",
     ],
     "the machine": [
-        "per_device_train_batch_size", "per_device_eval_batch_size", "bf16", "activation_checkpointing", "use_cpu",
+        "per_device_train_batch_size", "per_device_eval_batch_size", "bf16", "gradient_checkpointing", "use_cpu",
         "seed", "disable_tqdm",
     ],
     "the Hub": ["push_to_hub", "hub_model_id", "hub_private_repo"],
@@ -79,7 +88,7 @@ def _parser() -> Parser:
             action.metavar = "search|X" if action.dest == "step_size" else "auto|true|false"
     first = GROUPS["what goes in and comes out"]
     rows = [f.name for f in dataclasses.fields(TrainOptions) if f.name not in first]
-    parser.arrange({**GROUPS, "the rows": rows}, REST)
+    parser.arrange({**GROUPS, "the rows": [*rows, "max_length"]}, REST)
     return parser
 
 
@@ -132,6 +141,7 @@ def _trainer(options: TrainOptions, config: OneStepConfig, adapter: Any) -> OneS
         metrics=options.metrics or None,
         text_column=options.text_column or None,
         label_column=options.label_column,
+        task=options.task,
     )
 
 

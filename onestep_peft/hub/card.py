@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from onestep_peft import tasks
 from onestep_peft.report import STAGES, StepReport
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -16,10 +17,12 @@ NO_LOSS = "–"
 # What the folder is to its base, by the report's method.
 KINDS = {
     "lora": "A LoRA adapter for",
-    "prompt_tuning": "A tuned prompt for",
+    "prompt_tuning": "A tuned prompt (an adapter) for",
     "full": "A fully tuned copy of",
     "merged": "A LoRA adapter merged into",
 }
+# What the card's example calls the pipeline, by task.
+EXAMPLES = {"text-classification": "classify", "token-classification": "tag", "text-generation": "generate"}
 
 
 def card(report: StepReport, repo_id: str | None = None) -> str:
@@ -29,6 +32,7 @@ def card(report: StepReport, repo_id: str | None = None) -> str:
         repo_id: Where it will be; None for a folder that nobody has pushed.
     """
     where, whole = repo_id or "path/to/this/folder", report.method == "full"
+    task = tasks.named(report.task, report.problem_type)
     # Rows that came as tokens leave no tokenizer in the folder; the base has one.
     tokenizer = where if "tokenizer_config.json" in report.files or not report.files else report.base_model
     return str(
@@ -44,7 +48,10 @@ def card(report: StepReport, repo_id: str | None = None) -> str:
             revision=report.base_revision,
             task=report.task,
             labels=_labels(report.labels),
-            classes=len(report.labels),
+            outputs=report.outputs or len(report.labels),
+            auto=task.auto_model.__name__ if whole else task.auto_peft,
+            prompted=report.method == "prompt_tuning" and task.by_token,
+            example=EXAMPLES[report.task],
             steps=[_step(step) for step in report.steps],
             rows=report.rows,
             seconds=_seconds(report.seconds),

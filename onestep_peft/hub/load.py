@@ -11,7 +11,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from onestep_peft.preparation import load_base, load_tokenizer
+from onestep_peft import tasks
+from onestep_peft.bases import load_base, load_tokenizer
+from onestep_peft.methods import prompt_tuning
 from onestep_peft.report import StepReport
 from onestep_peft.saving import read_whole
 from onestep_peft.wrapping import config_of
@@ -56,7 +58,12 @@ def load_with_report(
 
 def _whole_model(folder: Path, report: StepReport) -> tuple[PreTrainedModel, str]:
     """A model whose own weights were moved, and where its base was."""
-    return load_base(str(folder), report.labels), _base(report, folder)
+    return _load(str(folder), report), _base(report, folder)
+
+
+def _load(base: str, report: StepReport, revision: str | None = None) -> PreTrainedModel:
+    task = tasks.named(report.task, report.problem_type)
+    return load_base(base, task, report.labels, revision, report.outputs)
 
 
 def _adapted(folder: Path, report: StepReport, base_model: str | None) -> tuple[PeftModel, str]:
@@ -68,12 +75,15 @@ def _adapted(folder: Path, report: StepReport, base_model: str | None) -> tuple[
             "folder and name it: `load(..., base_model=...)`."
         )
     try:
-        model = load_base(base, report.labels, report.base_revision if base_model is None else None)
+        model = _load(base, report, report.base_revision if base_model is None else None)
     except ValueError as error:
         raise ValueError(
             f"{error} If the base has moved, name it: `base_model=` (`--base-model` in the shell)."
         ) from error
-    return PeftModel.from_pretrained(model, str(folder)), base
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    if report.method == prompt_tuning.name:
+        prompt_tuning.settle(adapted)
+    return adapted, base
 
 
 def fetch(folder_or_repo: str | os.PathLike[str], revision: str | None) -> Path:

@@ -29,6 +29,8 @@ MADE_ON = "made_on"
 # two runs in fp32 by 1e-6, on another device by 1e-5; in 16 bits a logit itself is good to 2^-8 only.
 TOLERANCE = 1e-4
 TOLERANCE_16_BIT = 2e-2
+# The most logits that are kept: a language model has one for every word of its vocabulary at every token.
+LOGITS_MAX = 1 << 20
 PATIENCE_S = 1800  # a base of many gigabytes may have to be downloaded
 
 
@@ -39,8 +41,10 @@ def special_ids(config: Any, tokenizer: Any) -> set[int]:
     return {int(i) for i in [*ids, *getattr(tokenizer, "all_special_ids", ())] if isinstance(i, int)}
 
 
-def record(model: nn.Module, batch: Mapping[str, Any], keep: set[int], file: Path) -> None:
-    """Writes inputs and the model's logits for them, `(rows, classes)`, fp32, on the CPU.
+def record(
+    model: nn.Module, batch: Mapping[str, Any], keep: set[int], file: Path, *, by_token: bool, outputs: int
+) -> None:
+    """Writes inputs and the model's logits for them, `(rows, classes)` or `(rows, tokens, classes)`, fp32, on the CPU.
 
     The file travels with the model, so it must not hold anybody's rows: words give way to words drawn from a seed,
     and what remains of a row is its length and its special tokens (which some heads read from).
@@ -48,14 +52,26 @@ def record(model: nn.Module, batch: Mapping[str, Any], keep: set[int], file: Pat
     Args:
         batch: Inputs as the model takes them, on its device; labels are left out.
         keep: Ids of the special tokens.
+        by_token: Whether every token has logits.
+        outputs: How many logits.
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     inputs["input_ids"] = _redrawn(inputs["input_ids"], keep, int(embeddings.num_embeddings))
+    if by_token:
+        inputs = _shortened(inputs, LOGITS_MAX // outputs)
     logits = _logits(model, inputs)
     tensors = {name: value.cpu().contiguous() for name, value in inputs.items()} | {LOGITS: logits}
     # One entry: safetensors writes several in an order that changes from call to call, and so would the checksum.
     save_file(tensors, file, metadata={MADE_ON: f"{next(model.parameters()).device.type} {dtype_of(model)}"})
+
+
+def _shortened(inputs: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """As many rows and tokens of inputs `(rows, length)` as make `tokens` in all; at least one row of two."""
+    rows, length = inputs["input_ids"].shape
+    rows = max(1, min(rows, tokens // 2))
+    length = max(2, min(length, tokens // rows))
+    return {name: value[:rows, :length] for name, value in inputs.items()}
 
 
 def _redrawn(ids: Tensor, keep: set[int], vocabulary: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from onestep_peft.errors import nearest
 from onestep_peft.methods import full, lora, prompt_tuning
+from onestep_peft.step.directions import rule_of
 from onestep_peft.step.layers import Layer, Prompt
 
 
@@ -19,7 +20,7 @@ class Method(Protocol):
     Attributes:
         name: As it stands in `onestep.json`.
         directions: Names of the directions that can be written.
-        auto: Those that "auto" tries.
+        auto: Those that "auto" tries, as many of the first as its budget of forwards allows.
         rank: Rank of a direction where the user names none; None for the full one.
         default: The adapter's configuration where the user gives none.
     """
@@ -72,7 +73,7 @@ def method_for(name: str | None, peft_config: Any, model: nn.Module) -> Method:
 def check_directions(method: Method, names: Sequence[str]) -> None:
     """Raises a ValueError for a direction that a method cannot write."""
     for name in names:
-        if name not in method.directions:
+        if rule_of(name) not in method.directions:
             raise ValueError(
                 f"`direction={name!r}` does not go with the method {method.name}, which knows "
                 f'{", ".join(method.directions)}. Choose one of these, or "auto".'

@@ -14,7 +14,8 @@ from onestep_peft.step.layers import Factor, Layer
 
 name = "full"
 directions = ("sgd", "sign", "muon", "lora_one", "kfac", "kfac_muon", "kfac_schatten")
-auto = ("kfac", "kfac_schatten", "kfac_muon")
+# Few classes and few rows like a low rank, many a full one; trying both costs forwards only.
+auto = ("kfac", "kfac_schatten:8", "kfac_muon", "kfac_schatten", "kfac_muon:8")
 rank: int | None = None
 
 # A covariance of so many outputs would be larger than the layer; its diagonal is kept.
@@ -96,7 +97,7 @@ def _of_module(
     if isinstance(module, nn.Linear | Conv1D):
         transposed = isinstance(module, Conv1D)
         d_out = module.weight.shape[1 if transposed else 0]
-        output_factor: Factor = "diagonal" if is_output or d_out > HUGE else "dense"
+        output_factor: Factor = "trace" if is_output or d_out > HUGE else "dense"
         yield _matrix(path, module, transposed, "dense", output_factor)
         if getattr(module, "bias", None) is not None:
             yield _vector(path, module, "bias")

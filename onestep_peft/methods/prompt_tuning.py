@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -9,7 +10,9 @@ import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
+from onestep_peft.lengths import positions_of
 from onestep_peft.methods.lora import SAVED_BY_PEFT
 from onestep_peft.step.layers import Prompt
 from onestep_peft.tasks import logits_for
@@ -20,6 +23,8 @@ auto = ("natural", "sgd", "sign")
 rank: int | None = None
 
 VIRTUAL_TOKENS = 20
+# Tokens of the shortest row that is of any use.
+ROW_MIN = 2
 # How far a row's logits may move where padding is put behind it, by their scale.
 PADDING_TOLERANCE = 1e-2
 
@@ -27,6 +32,14 @@ PADDING_TOLERANCE = 1e-2
 def default() -> PromptTuningConfig:
     """20 virtual tokens, drawn from the vocabulary: random vectors lie where no token ever does."""
     return PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, prompt_tuning_init="SAMPLE_VOCAB")
+
+
+def virtual_tokens(method: str | None, peft_config: Any, model: Any) -> int:
+    """How many virtual tokens will stand before every row, from what the user said; 0 for other methods."""
+    config = model.peft_config[str(model.active_adapter)] if isinstance(model, PeftModel) else peft_config
+    if config is None:
+        return VIRTUAL_TOKENS if method == name else 0
+    return (config.num_virtual_tokens or 0) if isinstance(config, PromptTuningConfig) else 0
 
 
 def validate(config: Any) -> None:
@@ -66,7 +79,32 @@ def wrap(
         for parameter in frozen:  # the model as it came
             parameter.requires_grad_(True)
         raise
+    settle(cast(PeftModel, wrapped))
     return cast(PeftModel, wrapped)
+
+
+def settle(model: PeftModel) -> None:
+    """Makes a model with a prompt answer as one expects, where PEFT alone would not.
+
+    A classifier of tokens answers for the row's own tokens only: a pipeline counts from the first answer on.
+
+    A language model generates without a cache of past tokens where PEFT would not find it, and would put the prompt
+    before every new token: PEFT 0.21 looks for `past_key_values`, which transformers 5.24 calls `cache`. Remove once
+    PEFT knows that name.
+    """
+    base: Any = model.get_base_model()
+    if model.peft_config[str(model.active_adapter)].task_type == "TOKEN_CLS":
+        model.register_forward_hook(_without_prompt, with_kwargs=True)
+    config = getattr(base, "generation_config", None)
+    if config is not None and "past_key_values" not in inspect.signature(base.forward).parameters:
+        config.use_cache = False
+
+
+def _without_prompt(_model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
+    ids = inputs.get("input_ids", args[0] if args else None)
+    if ids is not None and isinstance(output, ModelOutput):
+        output["logits"] = output["logits"][:, -ids.shape[1] :]
+    return output
 
 
 def layers(model: PeftModel, left_out: str | None = None) -> list[Prompt]:
@@ -79,10 +117,11 @@ def layers(model: PeftModel, left_out: str | None = None) -> list[Prompt]:
 
 
 def _check_room(model: PreTrainedModel, tokens: int) -> None:
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and tokens >= room:
+    positions = positions_of(model)
+    if tokens + ROW_MIN > positions:
         raise ValueError(
-            f"`num_virtual_tokens={tokens}` fills all {room} positions of {type(model).__name__}. Use fewer."
+            f"`num_virtual_tokens={tokens}` leaves no room among the {positions} positions of {type(model).__name__}. "
+            f"Use at most {positions - ROW_MIN}."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from onestep_peft.step.directions import (
     PARAMETER_DIRECTIONS,
     WHITENED,
     as_it_is,
+    rank_of,
+    rule_of,
     whiten,
 )
 from onestep_peft.step.layers import Layer, LowRank, Prompt
@@ -133,6 +135,9 @@ def build_candidates(
     """All candidates from one pass, in the order of `directions`; those that would move nothing are left out.
 
     A layer is whitened once, whatever the number of rules that use it.
+
+    Args:
+        rank: Of the directions whose names ask for none; None for the full one.
     """
     rays: dict[str, list[Ray]] = {name: [] for name in directions}
     for layer in evidence.layers:
@@ -154,16 +159,19 @@ def build_candidates(
 
 def _layer_directions(
     layer: Layer, record: LayerStatistics, names: Sequence[str], damping: float, rank: int | None
-) -> list[tuple[str, LowRank | Tensor]]:
-    most = layer.rank if rank is None else rank if layer.rank is None else min(rank, layer.rank)
-    plain = as_it_is(record) if any(name in DIRECTIONS and name not in WHITENED for name in names) else None
-    white = whiten(record, damping) if any(name in WHITENED for name in names) else None
-    found: list[tuple[str, LowRank | Tensor]] = []
-    for name in names:
-        source = white if name in WHITENED else plain if name in DIRECTIONS else None
-        if source is not None:
-            found.append((name, DIRECTIONS[name](source, most)))
-    return found
+) -> Iterator[tuple[str, LowRank | Tensor]]:
+    rules = {name: rule_of(name) for name in names if rule_of(name) in DIRECTIONS}
+    white = whiten(record, damping) if not WHITENED.isdisjoint(rules.values()) else None
+    plain = as_it_is(record) if not WHITENED.issuperset(rules.values()) else None
+    for name, rule in rules.items():
+        source = white if rule in WHITENED else plain
+        assert source is not None
+        yield name, DIRECTIONS[rule](source, _smaller(layer.rank, rank_of(name) or rank))
+
+
+def _smaller(one: int | None, other: int | None) -> int | None:
+    """The smaller of two ranks; None is the full one."""
+    return other if one is None else one if other is None else min(one, other)
 
 
 def _layer_ray(layer: Layer, direction: LowRank | Tensor, before: Snapshot) -> Ray:

@@ -76,13 +76,18 @@ def _solve_transposed(root: Tensor | None, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(root.T, right, upper=True)
 
 
-def damped_root(covariance: Tensor, damping: float) -> Tensor:
+def damped_root(covariance: Tensor, damping: float, size: int = 1) -> Tensor:
     """Cholesky factor of `covariance + damping · (its mean eigenvalue) · I`, in float64, `(d, d)`.
 
     Where rounding leaves the matrix indefinite the damping is raised tenfold, at most six times. A diagonal, `(d,)`,
-    has the root of its entries.
+    has the root of its entries; so has a trace, `()`, that stands for a multiple of the identity.
+
+    Args:
+        size: d, where only the trace is known.
     """
     matrix = covariance.double()
+    if matrix.dim() == 0:
+        matrix = (matrix / size).expand(size)
     d = matrix.shape[0]
     if matrix.dim() == 1:
         return (matrix + damping * matrix.mean()).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
@@ -118,8 +123,9 @@ def _leading_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def whiten(statistics: LayerStatistics, damping: float) -> WhitenedGradient:
     """Whitens a layer's gradient, each covariance damped by `damping` times its mean eigenvalue."""
-    output_root = damped_root(statistics.output_grad_covariance, damping)
-    input_root = damped_root(statistics.input_covariance, damping)
+    d_out, d_in = statistics.gradient.shape
+    output_root = damped_root(statistics.output_grad_covariance, damping, d_out)
+    input_root = damped_root(statistics.input_covariance, damping, d_in)
     half = _solve(output_root, statistics.gradient.double())
     return WhitenedGradient(output_root, input_root, _solve(input_root, half.T).T)
 
@@ -215,3 +221,14 @@ def sign(gradient: Tensor) -> Tensor:
 PARAMETER_DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sgd": sgd, "sign": sign}
 #: The rule for a prompt; see `step.natural`.
 NATURAL = "natural"
+
+
+def rule_of(direction: str) -> str:
+    """The rule's name in a direction's: "kfac:8" is the rule "kfac" at rank 8."""
+    return direction.partition(":")[0]
+
+
+def rank_of(direction: str) -> int | None:
+    """The rank that a direction's name asks for, None where it asks for none."""
+    rank = direction.partition(":")[2]
+    return int(rank) if rank else None

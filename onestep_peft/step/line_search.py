@@ -7,7 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 FACTOR = 1.6
-BUDGET = 12
+# The most evaluations of one search.
+EVALUATIONS = 12
+# Forwards of single rows that several searches may take in any case: seconds for a small model.
+FORWARDS = 20_000
+# A row of the pass, forward and backward, takes as long as so many forwards.
+PASS_FORWARDS = 3
 
 
 @dataclass
@@ -27,8 +32,21 @@ class SearchResult:
         return min(finite, key=lambda point: (point[1], point[0]))
 
 
+def affordable(budget: int | None, pass_rows: int, held_rows: int) -> int:
+    """How many candidates may be searched for this many forwards of single rows; always one.
+
+    Args:
+        budget: In forwards; None for `FORWARDS` or twice the work of the pass, whichever is more.
+        pass_rows: Rows of the pass.
+        held_rows: Rows that every evaluation reads.
+    """
+    if budget is None:
+        budget = max(FORWARDS, 2 * PASS_FORWARDS * pass_rows)
+    return max(1, budget // (EVALUATIONS * max(held_rows, 1)))
+
+
 def search_step_size(
-    loss: Callable[[float], float], start: float, *, loss_at_zero: float, budget: int = BUDGET
+    loss: Callable[[float], float], start: float, *, loss_at_zero: float, budget: int = EVALUATIONS
 ) -> SearchResult:
     """Finds a step size that lowers `loss`.
 

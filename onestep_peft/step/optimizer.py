@@ -127,6 +127,21 @@ class OneStepOptimizer(torch.optim.Optimizer):
         """Adds the number of items (rows, or labelled tokens) of a micro-batch."""
         self._items += items
 
+    def sums(self) -> dict[str, Tensor]:
+        """All that a pass has summed up so far in this process, by name."""
+        named = {"items": torch.tensor(self._items, dtype=torch.float64)}
+        named |= {f"gradient.{i}": total for i, total in self.gradients.sums().items()}
+        for name, record in self.statistics.items():
+            named |= {f"statistics.{name}.{key}": total for key, total in record.sums().items()}
+        return named
+
+    def load_sums(self, named: Mapping[str, Tensor]) -> None:
+        """Takes over what `sums` returned."""
+        self._items = float(named["items"])
+        self.gradients.load(_below("gradient", named))
+        for name, record in self.statistics.items():
+            record.load(_below(f"statistics.{name}", named))
+
     @torch.no_grad()
     def finish_pass(self) -> float:
         """Adds up what the processes have summed and turns it into means over all items; returns their number.
@@ -247,3 +262,9 @@ class OneStepOptimizer(torch.optim.Optimizer):
             return StepOutcome(best.name, 0.0, points, before, before, False, reason)
         lost = best.apply(step_size)
         return StepOutcome(best.name, step_size, points, before, after, True, "accepted: not guarded", lost)
+
+
+def _below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose names start with a prefix and a dot, by the rest of their names."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in named.items() if name.startswith(start)}

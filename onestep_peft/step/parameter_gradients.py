@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -50,13 +50,19 @@ class ParameterGradients:
         """The parameters that took part, with their sums."""
         return [(parameter, total) for parameter in self.parameters if (total := self.of(parameter)) is not None]
 
-    def load(self, totals: Iterable[Tensor | None]) -> None:
-        """Takes over sums, one a parameter, in the order of `parameters`."""
-        for parameter, total in zip(self.parameters, totals, strict=True):
-            if parameter in self._wide and total is not None:
+    def sums(self) -> dict[str, Tensor]:
+        """The sums by the parameters' numbers, as text; those that took no part are left out."""
+        found = {str(i): self.of(parameter) for i, parameter in enumerate(self.parameters)}
+        return {number: total for number, total in found.items() if total is not None}
+
+    def load(self, sums: Mapping[str, Tensor]) -> None:
+        """Takes over what `sums` returned."""
+        for number, total in sums.items():
+            parameter = self.parameters[int(number)]
+            if parameter in self._wide:
                 self._wide[parameter].copy_(total)
             else:
-                parameter.grad = total if total is None else total.to(parameter)
+                parameter.grad = total.to(parameter)
 
     def reset(self) -> None:
         """Empties the fp32 sums; `.grad` is emptied by whoever runs the loop."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def number() -> int:
@@ -49,3 +52,12 @@ def gathered(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
+
+
+def objects(own: T) -> list[T]:
+    """What every process hands in, in the order of their ranks."""
+    if number() == 1:
+        return [own]
+    found: list[T | None] = [None] * number()
+    dist.all_gather_object(found, own)
+    return cast(list[T], found)

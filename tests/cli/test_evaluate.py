@@ -13,7 +13,7 @@ from onestep_peft import OneStepTrainer, load
 from onestep_peft.cli import main
 from onestep_peft.evaluation import evaluate
 from tests.cli.conftest import shell
-from tests.conftest import config_for, tokenised, toy_rows
+from tests.conftest import config_for, tiny_bert, tokenised, toy_rows
 from tests.test_load import named_rows
 
 
@@ -25,9 +25,15 @@ def test_a_fresh_process_gives_the_numbers_of_the_report(
     assert said.returncode == 0, said.stderr
     found = json.loads((tmp_path / "metrics.json").read_text())
     report = json.loads((folder / "onestep.json").read_text())
-    assert found == {"dataset": str(data), "split": "test", "rows": 60, "metrics": report["metrics"]["after"]}
+    assert found == {
+        "dataset": str(data), "split": "test", "rows": 60, "metrics": report["metrics"]["after"],
+        "class_counts": report["class_counts"], "class_recall": report["class_recall"]["after"],
+    }  # fmt: skip
     assert f"60 rows of {data}, split test" in said.stdout
-    assert [f"{value:.4f}" for value in found["metrics"].values()] == said.stdout.splitlines()[-1].split()
+    lines = [line.split() for line in said.stdout.splitlines()]
+    assert [f"{value:.4f}" for value in found["metrics"].values()] in lines
+    for label, recall in found["class_recall"].items():
+        assert [label, str(found["class_counts"][label]), f"{recall:.4f}"] in lines
 
 
 @pytest.mark.parametrize("method", ["full", "prompt_tuning"])
@@ -67,15 +73,13 @@ def test_what_is_wrong_is_named(
     assert "label 'cow' is none of the model's classes ['ant', 'bee']" in said("--dataset", other)
 
 
-def test_the_function_takes_tokens_and_dispatches_by_task(trained: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_function_tells_the_task_by_the_model(trained: Callable[[str], Path], tmp_path: Path) -> None:
     model, tokenizer = load(trained("lora"))
     rows = toy_rows(40, 5)
     options = {"use_cpu": True, "disable_tqdm": True}
-    assert evaluate(model, tokenizer, tokenised(rows), **options) == evaluate(
-        model, tokenizer, rows, task="text-classification", **options
-    )
-    with pytest.raises(ValueError, match="'image-classification' is none that this release knows"):
-        evaluate(model, tokenizer, rows, task="image-classification")
+    assert evaluate(model, tokenizer, tokenised(rows), **options) == evaluate(model, tokenizer, rows, **options)
+    with pytest.raises(ValueError, match="BertModel has no task that one step knows"):
+        evaluate(tiny_bert().bert, tokenizer, rows)
 
 
 def test_the_model_of_a_run_scores_as_the_run_does(base: Path, tmp_path: Path) -> None:
@@ -88,4 +92,6 @@ def test_the_model_of_a_run_scores_as_the_run_does(base: Path, tmp_path: Path) -
     )
     trainer.train()
     options = {"per_device_eval_batch_size": 7, "use_cpu": True, "disable_tqdm": True}
-    assert evaluate(trainer.model, trainer.processing_class, rows, **options) == trainer.report.metrics["after"]
+    found = evaluate(trainer.model, trainer.processing_class, rows, **options)
+    assert found.metrics == trainer.report.metrics["after"]
+    assert found.class_recall == trainer.report.class_recall["after"]

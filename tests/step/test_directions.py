@@ -9,7 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from onestep_peft.step.directions import SINGULAR_CUTOFF, damped_root, kfac, kfac_muon, kfac_schatten, whiten
+from onestep_peft.step.directions import (
+    SINGULAR_CUTOFF,
+    as_it_is,
+    damped_root,
+    kfac,
+    kfac_muon,
+    kfac_schatten,
+    lora_one,
+    muon,
+    rank_of,
+    rule_of,
+    sign,
+    whiten,
+)
 from onestep_peft.step.layers import LowRank
 from onestep_peft.step.statistics import LayerStatistics
 
@@ -176,3 +189,57 @@ def test_damped_root_of_what_is_not_finite_says_so(value: float) -> None:
     covariance[1, 1] = value
     with pytest.raises(ValueError, match=r"covariance \(3 x 3\).*not finite.*damping"):
         damped_root(covariance, 0.1)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_lora_one_is_the_nearest_matrix_of_its_rank_to_the_gradient(rank: int) -> None:
+    record = random_statistics(7, 5, seed=9)
+    u, sigma, vt = torch.linalg.svd(record.gradient.double(), full_matrices=False)
+    assert_close(lora_one(as_it_is(record), rank), u[:, :rank] * sigma[:rank] @ vt[:rank])
+
+
+def test_lora_one_at_full_rank_is_the_gradient() -> None:
+    record = random_statistics(7, 5, seed=9)
+    assert_close(lora_one(as_it_is(record), None), record.gradient.double())
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_muon_is_the_polar_factor_of_the_gradient(rank: int | None) -> None:
+    record = random_statistics(12, 6, seed=10)
+    u, _, vt = torch.linalg.svd(record.gradient.double(), full_matrices=False)
+    polar = u[:, :rank] @ vt[:rank]
+    assert_close(muon(as_it_is(record), rank), polar / polar.square().mean().sqrt())
+
+
+def test_muon_points_where_torchs_own_muon_steps() -> None:
+    gradient = torch.randn(24, 12, generator=torch.Generator().manual_seed(11))
+    weight = torch.nn.Parameter(torch.zeros(24, 12))
+    weight.grad = gradient.clone()
+    torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+    ours = dense(muon(as_it_is(statistics_of(gradient, torch.eye(12), torch.eye(24))), None))
+    # torch's five Newton-Schulz iterations leave singular values between about 0.7 and 1.2, in bf16.
+    assert float(torch.nn.functional.cosine_similarity(-weight.flatten(), ours.flatten(), dim=0)) > 0.95
+
+
+def test_sign_is_torchs_first_step_of_adam() -> None:
+    gradient = torch.tensor([3.0, -1e-3, 1e-8, 0.0])
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = gradient.clone()
+    torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0).step()
+    assert torch.allclose(sign(gradient), -weight.detach(), atol=1e-6)
+
+
+def test_diagonal_and_dense_factors_agree_where_the_covariances_are_diagonal() -> None:
+    draw = torch.Generator().manual_seed(12)
+    a, s = torch.rand(5, generator=draw) + 0.1, torch.rand(4, generator=draw) + 0.1
+    gradient = torch.randn(4, 5, generator=draw)
+    full = whiten(statistics_of(gradient, torch.diag(a), torch.diag(s)), DAMPING)
+    thin = whiten(statistics_of(gradient, a, s), DAMPING)
+    for rule in (kfac, kfac_muon, kfac_schatten):
+        for rank in (2, None):
+            assert_close(rule(thin, rank), dense(rule(full, rank)).double())
+
+
+def test_a_direction_may_name_its_rank() -> None:
+    assert (rule_of("kfac:8"), rank_of("kfac:8")) == ("kfac", 8)
+    assert (rule_of("kfac"), rank_of("kfac")) == ("kfac", None)

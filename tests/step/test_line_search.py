@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from onestep_peft.step.line_search import FACTOR, SearchResult, search_step_size
+from onestep_peft.step.line_search import EVALUATIONS, FACTOR, SearchResult, affordable, search_step_size
 
 STARTS = (1e-3, 0.02, 0.3, 0.9, 1.1, 3.0, 20.0, 300.0)
 
@@ -93,3 +93,20 @@ def test_a_tie_goes_to_the_smaller_step() -> None:
 
 def test_a_flat_loss_is_standing_still() -> None:
     assert search_step_size(lambda _: 1.0, 1.0, loss_at_zero=1.0).best == (0.0, 1.0)
+
+
+def test_affordable_counts_whole_searches_and_always_allows_one() -> None:
+    assert affordable(10 * EVALUATIONS * 50, pass_rows=1, held_rows=50) == 10
+    assert affordable(10 * EVALUATIONS * 50 - 1, pass_rows=1, held_rows=50) == 9
+    assert affordable(1, pass_rows=1, held_rows=50) == 1
+    assert affordable(None, pass_rows=400, held_rows=512) == 3  # 20,000 forwards
+    assert affordable(None, pass_rows=100_000, held_rows=5_000) == 10  # twice the pass
+    assert affordable(None, pass_rows=10, held_rows=0) >= 1
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_search_takes_no_more_evaluations_than_are_counted_for_it(start: float) -> None:
+    for minimum in (1e-6, 1.0, 1e6):
+        call, asked = counted(lambda step_size, minimum=minimum: bowl(step_size / minimum))
+        search_step_size(call, start, loss_at_zero=2.0)
+        assert len(asked) <= EVALUATIONS

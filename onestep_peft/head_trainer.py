@@ -1,0 +1,118 @@
+"""The fresh head's part of a run: fitted before the first step, and again after each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from onestep_peft import head
+from onestep_peft.callbacks import StepProgress
+from onestep_peft.config import OneStepConfig
+from onestep_peft.gradient import not_finite
+from onestep_peft.held_out import HeldOut, by_content, listed, padded, select
+from onestep_peft.hub.sharing import SharingTrainer
+from onestep_peft.preparation import Adapted
+from onestep_peft.step import processes
+from onestep_peft.step.optimizer import StepOutcome
+from onestep_peft.step.snapshot import Snapshot
+
+# A head with a few hundred inputs learns nothing more from further tokens.
+TOKENS_MAX = 20_000
+
+
+class HeadTrainer(SharingTrainer):
+    """Fits a freshly initialised head on the cached input of its last layer."""
+
+    adapted: Adapted
+    held_out: HeldOut | None
+    _progress: StepProgress | None
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model out of accelerate's wrapping."""
+        return self.accelerator.unwrap_model(cast(nn.Module, self.model))
+
+    def held_out_losses(self) -> Tensor:
+        """The held-out rows' losses at the model as it stands, `(rows,)`."""
+        assert self.held_out is not None
+        return self.held_out.losses(self.bare_model)
+
+    def fits_head(self) -> bool:
+        """Whether there is a fresh head and it is wanted fitted.
+
+        Raises:
+            ValueError: It is wanted, and there is none.
+        """
+        config = cast(OneStepConfig, self.args)
+        wanted = config.fit_head
+        if wanted is True and self.adapted.head is None:
+            raise ValueError("`fit_head=True`, but the model has no freshly initialised head. Leave it out.")
+        return self.adapted.head is not None and (not config.is_plain if wanted == "auto" else bool(wanted))
+
+    def fit_head(self) -> None:
+        """Fits the head to the rows of the pass, or a sample of their tokens, and installs it.
+
+        Raises:
+            ValueError: A feature that is not finite, with the rows it comes from.
+        """
+        assert self.adapted.head is not None
+        layer = head.active(self.bare_model, self.adapted.head)
+        numbers = self._head_rows()
+        rows = padded(select(self.train_dataset, numbers), self.args.eval_batch_size)
+        found = head.features(self.bare_model, layer, self._watched(self.get_test_dataloader(rows), "head"))
+        bad = found.rows[~torch.isfinite(found.x).all(1)].unique().tolist()
+        if bad:
+            alone = self.accelerator.num_processes == 1
+            named = self.named([self.pass_rows[numbers[i]] for i in bad], "train_dataset") if alone else "some rows"
+            raise ValueError(not_finite(float("nan"), named))
+        held = None
+        if self.held_out is not None:
+            held_features = head.features(self.bare_model, layer, self.held_out.batches).gathered()
+            held = held_features.x, held_features.labels
+        found = found.gathered()
+        fitted = head.fit(
+            found.x, found.labels, held_out=held, outputs=layer.out_features, bias=layer.bias is not None,
+            task=self.task,
+        )  # fmt: skip
+        head.install(layer, fitted)
+        processes.broadcast(layer.parameters())
+
+    def _head_rows(self) -> list[int]:
+        """Places in the pass of the rows that the head is fitted to: all, unless they have too many tokens.
+
+        The sample follows from the rows' contents, so that their order does not matter.
+        """
+        if not self.task.by_token:
+            return list(range(len(self.pass_rows)))
+        rows, tokens, taken = listed(self.train_dataset), 0, []
+        for i in by_content(rows):
+            if tokens >= TOKENS_MAX:
+                break
+            tokens += int(self.task.row_items(torch.as_tensor(rows[i]["labels"])[None]))
+            taken.append(i)
+        return sorted(taken)  # the pass has its rows by length
+
+    def refit_head(self, outcome: StepOutcome) -> None:
+        """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""
+        assert self.adapted.head is not None
+        layer = head.active(self.bare_model, self.adapted.head)
+        before = Snapshot(layer.parameters())
+        self.fit_head()
+        loss = float(self.held_out_losses().mean())
+        outcome.head_refitted = loss < outcome.loss_after
+        if outcome.head_refitted:
+            outcome.loss_after = loss
+        else:
+            before.restore()
+
+    def _watched(self, batches: DataLoader, what: str) -> Iterator[Any]:
+        if self._progress is not None:
+            self._progress.start(what, len(batches), "batch")
+        for batch in batches:
+            yield batch
+            if self._progress is not None:
+                self._progress.advance()

@@ -1,0 +1,145 @@
+"""For every stock field of TrainingArguments, options with a value that is not its default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.parallelism_config import ParallelismConfig
+
+CHECKPOINTING = {"activation_checkpointing": True}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
+SAVED = {"save_strategy": "steps", "save_steps": 1}
+WORKER = {"dataloader_num_workers": 1}
+
+# A field's options always have the field itself; what stands beside it is what the field needs to count.
+HONOURED: dict[str, dict[str, Any]] = {
+    "max_steps": {"max_steps": 2},
+    "per_device_train_batch_size": {"per_device_train_batch_size": 3},
+    "per_device_eval_batch_size": {"per_device_eval_batch_size": 3},
+    "auto_find_batch_size": {"auto_find_batch_size": True},
+    "bf16": {"bf16": True},
+    "tf32": {"tf32": False},
+    "activation_checkpointing": CHECKPOINTING,
+    "activation_checkpointing_kwargs": {**CHECKPOINTING, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "gradient_checkpointing_kwargs": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "use_cache": {"use_cache": True},
+    "eval_strategy": {"eval_strategy": "epoch"},
+    "eval_steps": {**EVALUATED, "max_steps": 2, "eval_steps": 2},
+    "eval_delay": {**EVALUATED, "eval_delay": 2},
+    "eval_on_start": {"eval_on_start": True},
+    "metric_for_best_model": {"metric_for_best_model": "accuracy", **EVALUATED, "save_strategy": "best"},
+    "greater_is_better": {
+        "greater_is_better": True, "metric_for_best_model": "loss", **EVALUATED, "save_strategy": "best",
+        "max_steps": 2,
+    },
+    "save_strategy": {"save_strategy": "epoch"},
+    "save_steps": {**SAVED, "max_steps": 2, "save_steps": 2},
+    "save_total_limit": {**SAVED, "max_steps": 2, "save_total_limit": 1},
+    "save_only_model": {**SAVED, "save_only_model": True},
+    "enable_jit_checkpoint": {"enable_jit_checkpoint": True},
+    "restore_callback_states_from_checkpoint": {"restore_callback_states_from_checkpoint": True, **SAVED},
+    "push_to_hub": {"push_to_hub": True},
+    "seed": {"seed": 7},
+    "full_determinism": {"full_determinism": True},
+    "use_cpu": {"use_cpu": True},
+    "dataloader_num_workers": {"dataloader_num_workers": 2},
+    "dataloader_prefetch_factor": {**WORKER, "dataloader_prefetch_factor": 3},
+    "dataloader_multiprocessing_context": {**WORKER, "dataloader_multiprocessing_context": "fork"},
+    "dataloader_pin_memory": {"dataloader_pin_memory": False},
+    "remove_unused_columns": {"remove_unused_columns": False},
+}  # fmt: skip
+
+IGNORED: dict[str, dict[str, Any]] = {
+    "learning_rate": {"learning_rate": 0.3},
+    "num_train_epochs": {"num_train_epochs": 5},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
+    "average_tokens_across_devices": {"average_tokens_across_devices": False},
+    "lr_scheduler_type": {"lr_scheduler_type": "cosine"},
+    "lr_scheduler_kwargs": {"lr_scheduler_kwargs": {"num_cycles": 1}},
+    "warmup_steps": {"warmup_steps": 10},
+    "weight_decay": {"weight_decay": 0.1},
+    "max_grad_norm": {"max_grad_norm": 1e-3},
+    "optim": {"optim": "adafactor"},
+    "optim_args": {"optim_args": "rank=2"},
+    "optim_target_modules": {"optim_target_modules": ["query"]},
+    "adam_beta1": {"adam_beta1": 0.5},
+    "adam_beta2": {"adam_beta2": 0.5},
+    "adam_epsilon": {"adam_epsilon": 1.0},
+    "train_sampling_strategy": {"train_sampling_strategy": "group_by_length"},
+    "length_column_name": {"length_column_name": "labels"},
+    "dataloader_drop_last": {"dataloader_drop_last": True},
+    "dataloader_in_order": {"dataloader_in_order": False},
+    "dataloader_persistent_workers": {"dataloader_persistent_workers": True},
+    "label_names": {"label_names": ["start_positions"]},
+    "debug": {"debug": "underflow_overflow"},
+    "hub_strategy": {"hub_strategy": "checkpoint"},
+    "hub_always_push": {"hub_always_push": True},
+}
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "fp16": {"fp16": True},
+    "bf16_full_eval": {"bf16_full_eval": True},
+    "fp16_full_eval": {"fp16_full_eval": True},
+    "deepspeed": {"deepspeed": "zero.json"},
+    "fsdp": {"fsdp": "full_shard"},
+    "fsdp_config": {"fsdp_config": {"version": 2}},
+    "parallelism_config": {"parallelism_config": ParallelismConfig(tp_size=1)},
+    "ddp_static_graph": {"ddp_static_graph": True},
+    "accelerator_config": {"accelerator_config": {"split_batches": True}},
+    "torch_compile": {"torch_compile": True},
+    "torch_compile_backend": {"torch_compile_backend": "eager"},
+    "torch_compile_mode": {"torch_compile_mode": "reduce-overhead"},
+    "use_liger_kernel": {"use_liger_kernel": True},
+    "liger_kernel_config": {"liger_kernel_config": {"rope": True}},
+    "label_smoothing_factor": {"label_smoothing_factor": 0.1},
+    "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
+    "load_best_model_at_end": {"load_best_model_at_end": True},
+}
+
+HARMLESS: dict[str, dict[str, Any]] = {
+    "output_dir": {},  # every test has its own
+    "logging_strategy": {"logging_strategy": "no"},
+    "logging_steps": {"logging_steps": 50},
+    "logging_first_step": {"logging_first_step": True},
+    "log_on_each_node": {"log_on_each_node": False},
+    "logging_nan_inf_filter": {"logging_nan_inf_filter": False},
+    "include_num_input_tokens_seen": {"include_num_input_tokens_seen": "non_padding"},
+    "log_level": {"log_level": "error"},
+    "log_level_replica": {"log_level_replica": "error"},
+    "disable_tqdm": {"disable_tqdm": False},
+    "report_to": {"report_to": []},
+    "run_name": {"run_name": "mine"},
+    "project": {"project": "ours"},
+    "trackio_space_id": {"trackio_space_id": "user/space"},
+    "trackio_bucket_id": {"trackio_bucket_id": "user/bucket"},
+    "trackio_static_space_id": {"trackio_static_space_id": "user/static"},
+    "torch_empty_cache_steps": {"torch_empty_cache_steps": 1},
+    "skip_memory_metrics": {"skip_memory_metrics": False},
+    "prediction_loss_only": {"prediction_loss_only": True},
+    "eval_do_concat_batches": {"eval_do_concat_batches": False},
+    "eval_use_gather_object": {"eval_use_gather_object": True},
+    "eval_accumulation_steps": {"eval_accumulation_steps": 1},
+    "include_for_metrics": {"include_for_metrics": ["inputs", "loss"]},
+    "batch_eval_metrics": {"batch_eval_metrics": True},
+    "save_on_each_node": {"save_on_each_node": True},
+    "hub_token": {"hub_token": "hf_none"},
+    "hub_private_repo": {"hub_private_repo": True},
+    "hub_model_id": {"hub_model_id": "user/name"},
+    "hub_revision": {"hub_revision": "branch"},
+    "data_seed": {"data_seed": 7},
+    "ignore_data_skip": {"ignore_data_skip": True},
+    "ddp_find_unused_parameters": {"ddp_find_unused_parameters": True},
+    "ddp_bucket_cap_mb": {"ddp_bucket_cap_mb": 1},
+    "ddp_broadcast_buffers": {"ddp_broadcast_buffers": False},
+    "ddp_backend": {"ddp_backend": "gloo"},
+    "ddp_timeout": {"ddp_timeout": 60},
+    "local_rank": {"local_rank": 0},
+    "do_train": {"do_train": True},
+    "do_eval": {"do_eval": True},
+    "do_predict": {"do_predict": True},
+    "resume_from_checkpoint": {"resume_from_checkpoint": "a/checkpoint"},
+}
