@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onestep_peft.config import OneStepConfig
 from onestep_peft.step.directions import DIRECTIONS, NATURAL, PARAMETER_DIRECTIONS, WHITENED, rank_of, rule_of
 from onestep_peft.step.layers import Layer, Prompt
-from onestep_peft.step.line_search import EVALUATIONS, PASS_FORWARDS
+from onestep_peft.step.line_search import EVALUATIONS, PART_EVALUATIONS, PASS_FORWARDS
 from onestep_peft.step.snapshot import LARGE
 from onestep_peft.step.statistics import statistics_of
 
@@ -200,7 +200,7 @@ def make_plan(
         frozen=_count(p for p in model.parameters() if not p.requires_grad),
         memory=memory,
         snapshot_on_host=memory["snapshot"] // 2 > LARGE,
-        forwards=_forwards(config, rows, candidates=len(directions), fits_head=head is not None),
+        forwards=_forwards(config, rows, points=_points(config, layers, directions), fits_head=head is not None),
     )
 
 
@@ -260,12 +260,19 @@ def _directions_size(layers: Sequence[Layer | Prompt], directions: Sequence[str]
     return total
 
 
-def _forwards(config: OneStepConfig, rows: dict[str, int], *, candidates: int, fits_head: bool) -> dict[str, int]:
+def _points(config: OneStepConfig, layers: Sequence[Layer | Prompt], directions: Sequence[str]) -> int:
+    """The most points that the search of one step looks at: each candidate's first part, and the winner's others."""
+    if config.fixed_step_size is not None:
+        return len(directions)
+    parts = {layer.part for layer in layers if isinstance(layer, Layer)}
+    return len(directions) * EVALUATIONS + max(0, len(parts) - 1) * PART_EVALUATIONS
+
+
+def _forwards(config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool) -> dict[str, int]:
     held, steps = max(rows["search"], rows["guard"]), config.max_steps
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
-    tried = candidates * (EVALUATIONS if config.fixed_step_size is None else 1)
     # One look whether all losses are finite; before each step; at each point; and after the head was fitted again.
-    looks = 1 + steps * (1 + tried + int(fits_head))
+    looks = 1 + steps * (1 + points + int(fits_head))
     if config.stop_at is not None:
         looks += 1 + steps
     stages = 3 if fits_head else 2

@@ -218,16 +218,20 @@ def step_record(outcome: StepOutcome) -> dict[str, Any]:
         "accepted": outcome.accepted,
         "reason": outcome.reason,
         "energy_lost": outcome.energy_lost,
+        "parts": [{"part": name, "points": [list(point) for point in result.points]} for name, result in outcome.parts],
         "head_refitted": outcome.head_refitted,
     }
 
 
 def outcome_of(record: dict[str, Any]) -> StepOutcome:
     """The outcome that an entry of `StepReport.steps` was made of, its times aside."""
-    searched = [
-        (one["direction"], SearchResult([tuple(point) for point in one["points"]])) for one in record["candidates"]
-    ]
-    return StepOutcome(**{**record, "candidates": searched})
+
+    def searches(key: str, name: str) -> list[tuple[str, SearchResult]]:
+        return [(one[name], SearchResult([tuple(point) for point in one["points"]])) for one in record[key]]
+
+    return StepOutcome(
+        **{**record, "candidates": searches("candidates", "direction"), "parts": searches("parts", "part")}
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -15,9 +15,11 @@ from onestep_peft import OneStepTrainer
 from onestep_peft.methods import full
 from onestep_peft.plan import Group, _kind
 from onestep_peft.step.layers import Layer
+from onestep_peft.step.line_search import EVALUATIONS
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import Statistics
-from tests.conftest import bits, tokenised, toy_rows, trainer_for
+from tests.conftest import bits, config_for, tokenised, toy_rows, trainer_for
+from tests.tasks.test_run import KINDS, eos_tokenizer
 
 
 def rows(number: int, seed: int) -> Dataset:
@@ -135,13 +137,57 @@ def test_full_weights_that_stay_are_named(tmp_path: Path) -> None:
     assert "position_embeddings" in plan.text() and plan.fitted == 2 * 32 + 2
 
 
-def test_the_search_stays_within_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = planned(tmp_path)
+@pytest.mark.parametrize("method", ["lora", "full", "prompt_tuning"])
+def test_the_search_stays_within_the_plan(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = planned(tmp_path, method=method)
     plan = trainer.plan()
     spy = Spy(trainer, monkeypatch)
     trainer.train()
     assert plan.forwards["pass"] + spy.rows - spy.backward_rows <= sum(plan.forwards.values())
-    assert plan.directions == ("kfac_schatten", "kfac_muon", "kfac") and plan.step_size is None
+    assert plan.directions == trainer._method.auto and plan.step_size is None and plan.left_out == ()
+
+
+def test_what_the_budget_has_no_room_for_is_left_out(tmp_path: Path) -> None:
+    plan = planned(tmp_path, method="full", search_budget=2 * 24 * EVALUATIONS).plan()
+    assert plan.directions == ("kfac", "kfac_schatten:8")
+    assert plan.left_out == ("kfac_muon", "kfac_schatten", "kfac_muon:8")
+    assert "left out   kfac_muon, kfac_schatten, kfac_muon:8: beyond `search_budget`" in plan.text()
+
+
+def test_ranks_are_the_directions_own(tmp_path: Path) -> None:
+    sizes = {}
+    for direction in ("kfac_muon", "kfac_muon:3", "kfac", "kfac:3"):
+        plan = planned(tmp_path, method="full", direction=direction).plan()
+        sizes[direction] = plan.memory["directions"]
+        assert ("full rank" in plan.text()) == (":" not in direction)
+        assert all(direction in group.directions for group in plan.groups)
+        layers = planned(tmp_path, method="full", direction=direction).layers()
+        whole = {"kfac_muon": lambda m, n: (m + n) * min(m, n), "kfac": lambda m, n: m * n}
+        of = whole.get(direction, lambda m, n: (m + n) * min(m, n, 3))
+        assert sizes[direction] == 4 * sum(of(*layer.shape) for layer in layers)
+    assert sizes["kfac:3"] == sizes["kfac_muon:3"]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prompt_tuning"])
+@pytest.mark.parametrize("name", ["tags", "topics", "score", "gpt2"])
+def test_every_task_has_a_plan_that_a_run_keeps(
+    name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    kind.base().save_pretrained(tmp_path / "base")
+    eos_tokenizer(name).save_pretrained(tmp_path / "base")
+    trainer = OneStepTrainer(
+        model=str(tmp_path / "base"), args=config_for(tmp_path / "out", method=method, search_budget=1),
+        train_dataset=kind.rows(50, 1), search_dataset=kind.rows(24, 2), eval_dataset=kind.rows(30, 3),
+    )  # fmt: skip
+    plan = trainer.plan()
+    assert plan.rows == {"gradient": 50, "search": 24, "guard": 24, "evaluation": 30}
+    assert len(plan.directions) == 1 and plan.left_out == trainer._method.auto[1:]
+    spy = Spy(trainer, monkeypatch)
+    trainer.train()
+    assert plan.memory["statistics"] == sum(spy.statistics.values())
+    assert plan.forwards["pass"] + spy.rows - spy.backward_rows <= sum(plan.forwards.values())
 
 
 def test_the_text_says_it_all(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from onestep_peft.methods.linear import is_quantised
-from onestep_peft.step.layers import Factor, Layer
+from onestep_peft.step.layers import Factor, Layer, Part
 
 name = "full"
 directions = ("sgd", "sign", "muon", "lora_one", "kfac", "kfac_muon", "kfac_schatten")
@@ -18,7 +18,7 @@ directions = ("sgd", "sign", "muon", "lora_one", "kfac", "kfac_muon", "kfac_scha
 auto = ("kfac", "kfac_schatten:8", "kfac_muon", "kfac_schatten", "kfac_muon:8")
 rank: int | None = None
 
-# A covariance of so many outputs would be larger than the layer; its diagonal is kept.
+# A covariance of so many outputs would be larger than the layer; its trace is kept.
 HUGE = 16_384
 
 
@@ -98,12 +98,13 @@ def _of_module(
         transposed = isinstance(module, Conv1D)
         d_out = module.weight.shape[1 if transposed else 0]
         output_factor: Factor = "trace" if is_output or d_out > HUGE else "dense"
-        yield _matrix(path, module, transposed, "dense", output_factor)
+        part: Part = "embeddings" if is_output else "weights"
+        yield _matrix(path, module, transposed, part, "dense", output_factor)
         if getattr(module, "bias", None) is not None:
             yield _vector(path, module, "bias")
     elif isinstance(module, nn.Embedding) and module.weight is getattr(embedding, "weight", None):
         also = [user for user in users[module.weight] if user is not module]
-        yield _matrix(path, module, True, "diagonal", "dense", also)
+        yield _matrix(path, module, True, "embeddings", "diagonal", "dense", also)
     elif type(module).__name__.endswith("Norm"):
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 1:
@@ -114,6 +115,7 @@ def _matrix(
     path: str,
     module: Any,
     transposed: bool,
+    part: Part,
     input_factor: Factor,
     output_factor: Factor,
     also: Sequence[nn.Module] = (),
@@ -133,6 +135,7 @@ def _matrix(
         parameter=lambda: module.weight,
         as_matrix=as_matrix,
         shared_with=also,
+        part=part,
     )
 
 
@@ -149,6 +152,7 @@ def _vector(path: str, module: Any, own: str) -> Layer:
         output_factor="diagonal",
         parameter=get,
         as_matrix=lambda tensor: tensor[:, None],
+        part="vectors",
     )
 
 

@@ -20,7 +20,7 @@ from onestep_peft.step.directions import (
     rule_of,
     whiten,
 )
-from onestep_peft.step.layers import Layer, LowRank, Prompt
+from onestep_peft.step.layers import PARTS, Layer, LowRank, Part, Prompt
 from onestep_peft.step.natural import RowGradients
 from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.snapshot import Snapshot
@@ -90,26 +90,54 @@ class ProductRay:
         return self._write(update if self._so_far is None else self._so_far.plus(update))
 
 
-class Candidate:
-    """A direction for all that it moves.
+class Bundle:
+    """Rays that go equally far.
 
     Args:
-        name: The direction's.
         rays: One a layer or parameter.
 
     Attributes:
         start: The step size to try first.
     """
 
-    def __init__(self, name: str, rays: Sequence[Ray]) -> None:
-        self.name, self._rays = name, rays
+    def __init__(self, rays: Sequence[Ray]) -> None:
+        self._rays = rays
         weights = math.sqrt(sum(ray.weight**2 for ray in rays))
         length = math.sqrt(sum(ray.length**2 for ray in rays))
         self.start = RELATIVE_START * weights / length if length > 0 else RELATIVE_START
 
     def apply(self, step_size: float) -> float:
-        """Puts the model at this step size; returns the largest share of energy that a layer could not hold."""
+        """Puts them at this step size; returns the largest share of energy that a layer could not hold."""
         return max((ray.apply(step_size) for ray in self._rays), default=0.0)
+
+
+class Candidate:
+    """A direction for all that it moves.
+
+    Weights, vectors (biases and gains) and embeddings are told apart: what is known of their curvature is of
+    different quality (for vectors and embeddings a diagonal, for an output layer a trace), so one step size for all
+    of them would be the most cautious one.
+
+    Args:
+        name: The direction's.
+        rays: By part.
+
+    Attributes:
+        parts: By name, in the order in which they are searched.
+    """
+
+    def __init__(self, name: str, rays: Mapping[Part, Sequence[Ray]]) -> None:
+        self.name = name
+        self.parts = {part: Bundle(rays[part]) for part in PARTS if rays.get(part)}
+
+    @property
+    def first(self) -> Bundle:
+        """The part by which candidates are compared."""
+        return next(iter(self.parts.values()))
+
+    def apply(self, step_size: float) -> float:
+        """Puts all parts at one step size; returns the largest share of energy that a layer could not hold."""
+        return max(part.apply(step_size) for part in self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -139,22 +167,22 @@ def build_candidates(
     Args:
         rank: Of the directions whose names ask for none; None for the full one.
     """
-    rays: dict[str, list[Ray]] = {name: [] for name in directions}
+    rays: dict[str, dict[Part, list[Ray]]] = {name: {part: [] for part in PARTS} for name in directions}
     for layer in evidence.layers:
         record = evidence.statistics[layer.name]
         if record.is_noise():
             continue
         if isinstance(layer, Layer) and isinstance(record, LayerStatistics):
             for name, direction in _layer_directions(layer, record, directions, damping, rank):
-                rays[name].append(_layer_ray(layer, direction, evidence.before))
+                rays[name][layer.part].append(_layer_ray(layer, direction, evidence.before))
         elif isinstance(layer, Prompt) and isinstance(record, RowGradients) and NATURAL in rays:
             parameter = layer.parameter()
-            rays[NATURAL].append(_ray(parameter, evidence.before, record.natural(damping)))
+            rays[NATURAL]["weights"].append(_ray(parameter, evidence.before, record.natural(damping)))
     for name in directions:
         rule = PARAMETER_DIRECTIONS.get(name)
         if rule is not None:
-            rays[name] += [_ray(p, evidence.before, rule(total)) for p, total in evidence.gradients.all()]
-    return [Candidate(name, rays[name]) for name in directions if rays[name]]
+            rays[name]["weights"] += [_ray(p, evidence.before, rule(total)) for p, total in evidence.gradients.all()]
+    return [Candidate(name, rays[name]) for name in directions if any(rays[name].values())]
 
 
 def _layer_directions(

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 #: How a covariance is kept: whole, its diagonal, only its trace, or not at all since the variable is always 1.
 Factor = Literal["dense", "diagonal", "trace", "one"]
 
+#: What of a model goes as far as what: see `Candidate`.
+Part = Literal["weights", "vectors", "embeddings"]
+PARTS: tuple[Part, ...] = ("weights", "vectors", "embeddings")
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -84,6 +88,7 @@ class Layer:
         parameter: Returns the parameter that holds W. Asked for anew each time: sharding swaps parameters.
         as_matrix: The view of such a parameter (or of its gradient) that is W, `(d_out, d_in)`.
         shared_with: Further modules that apply the same W, and are observed with this one.
+        part: With which layers it shares a step size.
     """
 
     name: str
@@ -98,6 +103,7 @@ class Layer:
     parameter: Callable[[], Tensor] | None = None
     as_matrix: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
     shared_with: Sequence[nn.Module] = ()
+    part: Part = "weights"
 
 
 @dataclass(frozen=True)

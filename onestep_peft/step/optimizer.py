@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from onestep_peft.step import processes
-from onestep_peft.step.candidates import Candidate, Evidence, build_candidates
+from onestep_peft.step.candidates import Bundle, Candidate, Evidence, build_candidates
 from onestep_peft.step.guard import cross_fitted, judge
 from onestep_peft.step.layers import Layer, Prompt
-from onestep_peft.step.line_search import SearchResult, search_step_size
+from onestep_peft.step.line_search import PART_EVALUATIONS, SearchResult, search_step_size
 from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import Statistics
@@ -47,7 +47,10 @@ class StepSettings:
 
 @dataclass
 class StepOutcome:
-    """What one step did. Losses are means over rows in nats, NaN where no held-out rows were at hand."""
+    """What one step did. Losses are means over rows in nats, NaN where no held-out rows were at hand.
+
+    `step_size` and `candidates` speak of the first part of what moves, `parts` of the searches for the others.
+    """
 
     direction: str
     step_size: float
@@ -57,6 +60,7 @@ class StepOutcome:
     accepted: bool
     reason: str
     energy_lost: float = 0.0
+    parts: list[tuple[str, SearchResult]] = field(default_factory=list)
     head_refitted: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -229,30 +233,37 @@ class OneStepOptimizer(torch.optim.Optimizer):
         searched: list[tuple[Candidate, SearchResult]] = []
         scale = 1.0  # the next candidate starts at the relative length that was best for the last one
         for candidate in candidates:
-
-            def loss(step_size: float, candidate: Candidate = candidate) -> float:
-                assert self._losses is not None
-                candidate.apply(step_size)
-                trials.append(self._losses())
-                value = float(trials[-1].mean())
-                if self._progress is not None:
-                    self._progress(candidate.name, step_size, value)
-                return value
-
             if fixed is None:
-                result = search_step_size(loss, candidate.start * scale, loss_at_zero=before)
-                scale = result.best[0] / candidate.start or scale
+                first = candidate.first
+                loss = self._loss_along(first, candidate.name, trials)
+                result = search_step_size(loss, first.start * scale, loss_at_zero=before)
+                scale = result.best[0] / first.start or scale
             else:
+                loss = self._loss_along(candidate, candidate.name, trials)
                 result = SearchResult([(0.0, before), (fixed, loss(fixed))])
             candidate.apply(0.0)
             searched.append((candidate, result))
-        return self._move(searched, before), trials
+        return self._move(searched, trials), trials
 
-    def _move(self, searched: Sequence[tuple[Candidate, SearchResult]], before: float) -> StepOutcome:
-        taken_anyway = self.settings.step_size is not None and not self.settings.guard
+    def _loss_along(self, moving: Candidate | Bundle, name: str, trials: list[Tensor]) -> Callable[[float], float]:
+        """The held-out loss as a function of the step size; what each row has lost is added to `trials`."""
+
+        def loss(step_size: float) -> float:
+            assert self._losses is not None
+            moving.apply(step_size)
+            trials.append(self._losses())
+            value = float(trials[-1].mean())
+            if self._progress is not None:
+                self._progress(name, step_size, value)
+            return value
+
+        return loss
+
+    def _move(self, searched: Sequence[tuple[Candidate, SearchResult]], trials: list[Tensor]) -> StepOutcome:
+        fixed, before = self.settings.step_size is not None, float(trials[0].mean())
 
         def end(result: SearchResult) -> tuple[float, float]:
-            return result.points[1] if taken_anyway else result.best
+            return result.points[1] if fixed and not self.settings.guard else result.best
 
         best, result = min(searched, key=lambda pair: end(pair[1])[1])
         step_size, after = end(result)
@@ -260,8 +271,23 @@ class OneStepOptimizer(torch.optim.Optimizer):
         if step_size == 0.0:
             reason = "refused: no step size that was tried lowers the held-out loss"
             return StepOutcome(best.name, 0.0, points, before, before, False, reason)
-        lost = best.apply(step_size)
-        return StepOutcome(best.name, step_size, points, before, after, True, "accepted: not guarded", lost)
+        lost = best.apply(step_size) if fixed else best.first.apply(step_size)
+        outcome = StepOutcome(best.name, step_size, points, before, after, True, "accepted: not guarded", lost)
+        if not fixed:
+            self._move_other_parts(best, outcome, trials)
+        return outcome
+
+    def _move_other_parts(self, best: Candidate, outcome: StepOutcome, trials: list[Tensor]) -> None:
+        """One part after the other, from where the others stand, as far as held-out rows gain."""
+        relative = outcome.step_size / best.first.start
+        for name, part in list(best.parts.items())[1:]:
+            loss = self._loss_along(part, f"{best.name}, {name}", trials)
+            result = search_step_size(
+                loss, part.start * relative, loss_at_zero=outcome.loss_after, budget=PART_EVALUATIONS
+            )
+            step_size, outcome.loss_after = result.best
+            part.apply(step_size)
+            outcome.parts.append((name, result))
 
 
 def _below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

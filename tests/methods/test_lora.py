@@ -49,7 +49,7 @@ def test_scaling_b_a_is_the_direction_times_the_step_size(options: dict[str, Any
         directions[layer.name] = LowRank(
             torch.randn(d_out, rank, generator=draw), torch.randn(rank, d_in, generator=draw)
         )
-    candidate = Candidate("kfac", [ProductRay(layer, directions[layer.name]) for layer in layers])
+    candidate = Candidate("kfac", {"weights": [ProductRay(layer, directions[layer.name]) for layer in layers]})
     for step_size in (0.3, 1e-6, 0.07):  # a search writes many times
         assert candidate.apply(step_size) < 1e-9
         for name, update in updates(model).items():
