@@ -13,6 +13,7 @@ from torch import nn
 
 from onestep_peft import data, head, tasks
 from onestep_peft.bases import load_base, load_tokenizer, pinned
+from onestep_peft.lengths import positions_of
 from onestep_peft.methods import Method
 from onestep_peft.rows import Sets, Tokeniser, as_rows, is_raw
 from onestep_peft.step.layers import Layer
@@ -104,7 +105,8 @@ def prepare(
     if kind in (tasks.MULTI_LABEL_CLASSIFICATION, tasks.TEXT_REGRESSION):
         config: Any = base_of(model).config
         config.problem_type = kind.problem_type  # so that it is saved
-    tokenise = Tokeniser(processing_class, columns, model.config, kind, max_length, virtual_tokens)
+    positions = positions_of(model)
+    tokenise = Tokeniser(processing_class, columns, model.config, kind, positions, max_length, virtual_tokens)
     return Prepared(model, kind, processing_class, sets.map(tokenise), tokenise)
 
 

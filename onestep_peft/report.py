@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class StepReport:
         problem_type: Of a text classifier: "single_label_classification", "multi_label_classification" or
             "regression"; None for other tasks.
         method: "lora", "full" or "prompt_tuning".
+        merged_from: "lora" where its update has been added to the base's weights since ("method" is "full" then).
         labels: Names of the classes in the order of their numbers; empty for a task without classes.
         outputs: Number of the head's outputs: classes, or numbers of a regression; 0 for a task without a head.
         rows: Number of rows for the "gradient", the "search" and the "guard".
@@ -58,6 +60,7 @@ class StepReport:
     task: str = "text-classification"
     problem_type: str | None = None
     method: str = "lora"
+    merged_from: str | None = None
     labels: list[str] = field(default_factory=list)
     outputs: int = 0
     rows: dict[str, int] = field(default_factory=dict)
@@ -97,34 +100,12 @@ class StepReport:
         stages = [stage for stage in STAGES if self.metrics.get(stage)]
         if not stages:
             return "There are no rows to compare by: give an eval_dataset.\n"
-        names = list(dict.fromkeys(name for stage in stages for name in self.metrics[stage] or {}))
-        width = max(10, *(len(name) for name in names))
-        lines = ["".join([f"{'':8}", *(f"{name:>{width + 2}}" for name in names)])]
-        for stage in stages:
-            scores = self.metrics[stage] or {}
-            cells = (f"{scores[name]:>{width + 2}.4f}" if name in scores else " " * (width + 2) for name in names)
-            lines.append("".join([f"{stage:8}", *cells]))
-        lines += self._recall_lines()
+        text = table({stage: self.metrics[stage] or {} for stage in stages})
+        recall = {stage: self.class_recall[stage] for stage in STAGES if self.class_recall.get(stage)}
+        text += recall_table(recall, self.class_counts)
         if self.scored_on == HELD_OUT:
-            lines.append("(on the held-out rows, which also chose the step: expect a little less on other rows)")
-        return "\n".join(lines) + "\n"
-
-    def _recall_lines(self) -> list[str]:
-        """How many of each class' items are found at each stage; of many classes the worst."""
-        stages = [stage for stage in STAGES if self.class_recall.get(stage)]
-        if not stages:
-            return []
-        last = self.class_recall[stages[-1]]
-        shown, title = list(last), "recall of each class"
-        if len(last) > CLASSES_SHOWN:
-            shown = sorted(last, key=lambda label: last[label])[:WORST_SHOWN]
-            title = f"recall of the {WORST_SHOWN} worst of {len(last)} classes"
-        width = max(8, *(len(label) for label in shown))
-        lines = [f"{title}:", "".join([f"{'':{width}}{'items':>10}", *(f"{stage:>10}" for stage in stages)])]
-        for label in shown:
-            cells = (f"{self.class_recall[stage][label]:>10.4f}" for stage in stages)
-            lines.append("".join([f"{label:{width}}{self.class_counts[label]:>10}", *cells]))
-        return lines
+            text += "(on the held-out rows, which also chose the step: expect a little less on other rows)\n"
+        return text
 
     def summary(self) -> str:
         """What each step did, a line each."""
@@ -151,6 +132,39 @@ class StepReport:
             _draw(axis, step)
         figure.savefig(path, dpi=120, metadata={"Software": None})
         return True
+
+
+def table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Scores by metric, in a line for each title, as text."""
+    names = list(dict.fromkeys(name for found in scores.values() for name in found))
+    width = max(10, *(len(name) for name in names)) + 2
+    lines = ["".join([f"{'':8}", *(f"{name:>{width}}" for name in names)])]
+    for title, found in scores.items():
+        cells = (f"{found[name]:>{width}.4f}" if name in found else " " * width for name in names)
+        lines.append("".join([f"{title:8}", *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def recall_table(recall: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> str:
+    """How many of each class' items are found, as text: a column for each title; of many classes the worst.
+
+    Args:
+        recall: Title -> class -> share that is found. The last title's order the worst.
+        counts: Items of each class.
+    """
+    if not recall:
+        return ""
+    last = list(recall.values())[-1]
+    shown, title = list(last), "recall of each class"
+    if len(last) > CLASSES_SHOWN:
+        shown = sorted(last, key=lambda label: last[label])[:WORST_SHOWN]
+        title = f"recall of the {WORST_SHOWN} worst of {len(last)} classes"
+    width = max(8, *(len(label) for label in shown))
+    lines = [f"{title}:", "".join([f"{'':{width}}{'items':>10}", *(f"{stage:>10}" for stage in recall)])]
+    for label in shown:
+        cells = (f"{found[label]:>10.4f}" for found in recall.values())
+        lines.append("".join([f"{label:{width}}{counts[label]:>10}", *cells]))
+    return "\n".join(lines) + "\n"
 
 
 def _draw(axis: Any, step: dict[str, Any]) -> None:

@@ -9,12 +9,9 @@ from typing import Any
 from datasets import Dataset
 
 from onestep_peft import data
+from onestep_peft.lengths import NO_LIMIT, longest_input
 from onestep_peft.tasks import TEXT_GENERATION, Task
 from onestep_peft.tasks.task import UNLABELLED
-
-# Tokenizers and models that know no limit.
-NO_LIMIT = 1_000_000
-MAX_LENGTH = 512
 
 
 def as_rows(name: str, rows: Any) -> Any:
@@ -71,8 +68,9 @@ class Tokeniser:
     Args:
         tokenizer: None where no set holds text.
         columns: None where no set holds text.
-        config: The model's configuration: its outputs and its longest input.
+        config: The model's configuration: its outputs and the numbers of its classes.
         task: What the rows are for.
+        positions: Of the model.
         max_length: Tokens of a row, or None for the model's limit, at most 512.
         virtual_tokens: How many stand before every row and need positions of their own.
     """
@@ -81,6 +79,7 @@ class Tokeniser:
     columns: data.Columns | None
     config: Any
     task: Task
+    positions: int = NO_LIMIT
     max_length: int | None = None
     virtual_tokens: int = 0
     _origins: dict[str, list[int] | None] = field(default_factory=dict)
@@ -89,14 +88,18 @@ class Tokeniser:
         """The set `name` as the model takes it; rows to predict may come without labels."""
         rows = as_rows(name, rows)
         if not is_raw(rows):
-            return check_tokenised(name, rows, self.task, self.task.outputs(self.config)) if labelled else rows
+            rows = check_tokenised(name, rows, self.task, self.task.outputs(self.config)) if labelled else rows
+            if self.virtual_tokens:
+                check_room(name, rows, self.positions, self.virtual_tokens)
+            return rows
         if self.tokenizer is None or self.columns is None:
             raise ValueError(f"{name} holds text, so `processing_class=` must be the model's tokenizer.")
         columns = self.columns
         if not labelled and columns.label not in rows.column_names:
             columns = data.Columns(columns.text, None)
         data.check_columns(rows, columns, name)
-        outputs, length = self.task.outputs(self.config), self._max_length()
+        outputs = self.task.outputs(self.config)
+        length = longest_input(self.tokenizer, self.positions, self.virtual_tokens, self.max_length)
         done = data.tokenise(rows, self.task, columns, self.tokenizer, self.config.label2id, outputs, length, name)
         self._origins[name] = done.origins
         return done.rows
@@ -105,28 +108,6 @@ class Tokeniser:
         """Rows of the set `name` as the user counts them: a long text is several rows here."""
         origins = self._origins.get(name)
         return sorted({row if origins is None else origins[row] for row in rows})
-
-    def _max_length(self) -> int:
-        """Tokens of a row, the virtual ones left out."""
-        if self.max_length is None:
-            return longest_input(self.tokenizer, self.config, self.virtual_tokens)
-        positions = _positions(self.config, self.virtual_tokens)
-        if self.max_length > positions:
-            virtual = f" less {self.virtual_tokens} virtual tokens" if self.virtual_tokens else ""
-            raise ValueError(
-                f"`max_length={self.max_length}`, but the model has {positions + self.virtual_tokens} "
-                f"positions{virtual}. Use at most {positions}."
-            )
-        return self.max_length
-
-
-def longest_input(tokenizer: Any, config: Any, virtual_tokens: int = 0) -> int:
-    """Where a row's tokens are cut unless the user says otherwise: the tokenizer's or the model's limit, or 512."""
-    return max(2, min(tokenizer.model_max_length, _positions(config, virtual_tokens), MAX_LENGTH))
-
-
-def _positions(config: Any, virtual_tokens: int) -> int:
-    return (getattr(config, "max_position_embeddings", None) or NO_LIMIT) - virtual_tokens
 
 
 def check_tokenised(name: str, rows: Any, task: Task, outputs: int) -> Any:
@@ -152,7 +133,7 @@ def check_tokenised(name: str, rows: Any, task: Task, outputs: int) -> Any:
     labels = rows[column] if isinstance(rows, Dataset) else [row[column] for row in rows]
     lengths = [0] * len(rows)
     if task.by_token:
-        lengths = [len(ids) for ids in (rows["input_ids"] if isinstance(rows, Dataset) else _ids(rows))]
+        lengths = [len(ids) for ids in _ids(rows)]
     for i, (label, length) in enumerate(zip(labels, lengths, strict=True)):
         fault = task.fault(label, length, outputs)
         if fault is not None:
@@ -160,8 +141,23 @@ def check_tokenised(name: str, rows: Any, task: Task, outputs: int) -> Any:
     return rows.rename_column("label", "labels") if isinstance(rows, Dataset) and column == "label" else rows
 
 
-def _ids(rows: Any) -> list[Any]:
-    return [row["input_ids"] for row in rows]
+def check_room(name: str, rows: Any, positions: int, virtual_tokens: int) -> None:
+    """Refuses rows of tokens that leave the virtual ones no positions.
+
+    Raises:
+        ValueError: A row that is too long.
+    """
+    for i, ids in enumerate(_ids(rows)):
+        if len(ids) + virtual_tokens > positions:
+            raise ValueError(
+                f"{name}, row {i}: {len(ids)} tokens and {virtual_tokens} virtual ones before them, but the model has "
+                f"{positions} positions. Tokenise with `max_length={positions - virtual_tokens}`, or pass rows with "
+                "text."
+            )
+
+
+def _ids(rows: Any) -> Any:
+    return rows["input_ids"] if isinstance(rows, Dataset) else [row["input_ids"] for row in rows]
 
 
 def _own_tokens_as_labels(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from peft import PeftModel
 
 from onestep_peft.report import FILE, StepReport
 
 CARD = "README.md"
+# Where configurations name the base (the tokenizer is the one that a prompt's first words were read with).
+BASES = ("base_model_name_or_path", "_name_or_path", "tokenizer_name_or_path")
 
 
 def sha256(path: Path) -> str:
@@ -72,6 +75,34 @@ def save_whole(folder: Path, write: Callable[[Path], StepReport]) -> StepReport:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_file(path: Path, source: str | None = None) -> None:
+    """Raises a ValueError for a file that cannot be written, or that is the one that is read."""
+    if path.is_dir():
+        raise ValueError(f"The output {str(path)!r} is a folder. Name a file.")
+    if not path.parent.is_dir():
+        raise ValueError(f"The output {str(path)!r} has no folder to be in. Make {str(path.parent)!r} first.")
+    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+        raise ValueError(f"The output {str(path)!r} is the input too. Name another file.")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write to, which stands under its name only once it is whole."""
+    if path.exists() and not path.is_file():  # a device or a pipe
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    staging = Path(name)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            yield file
+        staging.chmod(0o666 & ~_umask())
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def save_model_files(model: Any, folder: Path) -> None:
     """An adapter, or a whole model, as PEFT and transformers save it, less what must not travel.
 
@@ -81,13 +112,12 @@ def save_model_files(model: Any, folder: Path) -> None:
     options = {"safe_serialization": True} if isinstance(model, PeftModel) else {}
     model.save_pretrained(str(folder), **options)
     (folder / "README.md").unlink(missing_ok=True)
-    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+    for name in ("adapter_config.json", "config.json"):
         file = folder / name
-        if file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
-            if config.get(key):
-                config[key] = portable(config[key], Path.cwd())
-                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        bases = {key: portable(config[key], Path.cwd()) for key in BASES if config.get(key)}
+        if bases:
+            file.write_text(json.dumps(config | bases, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def portable(name_or_path: str, start: Path) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,18 +22,19 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
+from onestep_peft import head, preparation
 from onestep_peft import metrics as metric_names
-from onestep_peft import preparation
 from onestep_peft.callbacks import StepCallback, StepProgress
 from onestep_peft.collation import check_lengths, collator_for
 from onestep_peft.config import AUTO, OneStepConfig
 from onestep_peft.gradient import not_finite
-from onestep_peft.head_trainer import HeadTrainer
 from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, padded, select, split_rows
 from onestep_peft.methods import check_directions, method_for, prompt_tuning
-from onestep_peft.report import PICTURE, StepReport, peak_memory, step_record
+from onestep_peft.plan import Plan, make_plan
+from onestep_peft.report import StepReport, peak_memory, step_record
 from onestep_peft.rows import Sets
-from onestep_peft.saving import check_folder, check_free, portable, save_model_files, save_whole
+from onestep_peft.saving import check_folder
+from onestep_peft.saving_trainer import SavingTrainer
 from onestep_peft.step import processes
 from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
@@ -46,7 +45,7 @@ from onestep_peft.step.statistics import observed
 from onestep_peft.wrapping import base_of, config_of, labels_of
 
 
-class OneStepTrainer(HeadTrainer):
+class OneStepTrainer(SavingTrainer):
     """A `transformers.Trainer` whose training is one step over all rows.
 
     The pass, the callbacks, the logs and the checkpoints are Trainer's. In place of an optimizer's many steps there
@@ -128,16 +127,16 @@ class OneStepTrainer(HeadTrainer):
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         if compute_metrics is None:
-            labels = labels_of(self._template_config, self.task)
-            resolved = resolved or metric_names.resolve(metric_names.default_names(self.task, labels))
-            if resolved:
-                compute_metrics = metric_names.compute_metrics(resolved, self.task, labels)
+            compute_metrics = metric_names.function_for(
+                resolved, self.task, labels_of(self._template_config, self.task)
+            )
+            if compute_metrics is not None:
                 preprocess_logits_for_metrics = self.predicted
                 config.batch_eval_metrics = True
         data_collator = data_collator or collator_for(self.task, tokenizer, self._method is prompt_tuning)
         check_lengths(listed(prepared.sets.train), self.task, data_collator, tokenizer)
         self.report = StepReport()
-        self._saved_to: set[Path] = set()
+        self.saved_to: set[Path] = set()
         super().__init__(
             model=self._adapt(prepared.model) if model is not None else None,
             args=config,
@@ -171,6 +170,23 @@ class OneStepTrainer(HeadTrainer):
         self.add_callback(progress)
         return progress
 
+    def plan(self) -> Plan:
+        """What `train` would do and cost. The model is not called, and nothing is changed or written."""
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset or ()]
+        fitted = head.active(self.bare_model, self.adapted.head) if self.fits_head() and self.adapted.head else None
+        wanted = self._method.auto if self._config.directions == (AUTO,) else self.directions
+        return make_plan(
+            self.bare_model,
+            self._config,
+            method=self._method.name,
+            directions=self.directions,
+            left_out=wanted[len(self.directions) :],
+            rank=self._rank,
+            layers=self.layers(),
+            head=fitted,
+            rows={**self._row_counts(), "evaluation": sum(map(len, sets))},
+        )
+
     # The run, from the moments that Trainer announces
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -181,7 +197,7 @@ class OneStepTrainer(HeadTrainer):
         Raises:
             ValueError: The output folder holds another run, or a row's loss is not finite.
         """
-        self._check_free(Path(self._config.output_dir or "."))
+        self.check_free(Path(self._config.output_dir or "."))
         self.report = StepReport()
         self.optimizer, self._head_done = None, False
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
@@ -233,10 +249,10 @@ class OneStepTrainer(HeadTrainer):
         """The step behind torch.optim's interface, in place of AdamW."""
         if self.optimizer is None:
             config, layers = self._config, self.layers()
-            rank = config.rank if config.rank is not None else self._method.rank
             settings = StepSettings(
-                self.directions, config.fixed_step_size, config.damping, rank, config.guard, config.guard_confidence
-            )
+                self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
+                config.guard_confidence,
+            )  # fmt: skip
             whitened = not WHITENED.isdisjoint(map(rule_of, self.directions))
             self.optimizer = OneStepOptimizer(
                 self.trainable(),
@@ -252,6 +268,10 @@ class OneStepTrainer(HeadTrainer):
     @property
     def _config(self) -> OneStepConfig:
         return cast(OneStepConfig, self.args)
+
+    @property
+    def _rank(self) -> int | None:
+        return self._config.rank if self._config.rank is not None else self._method.rank
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -301,23 +321,18 @@ class OneStepTrainer(HeadTrainer):
 
     # The report
 
-    def _identify(self) -> None:
-        """What the result belongs to; known without a run too."""
-        report, config = self.report, config_of(self.bare_model)
-        report.task, report.method = self.task.name, self._method.name
-        report.base_model, report.base_revision = config.name_or_path, self.adapted.base_revision
-        report.problem_type, report.labels = self.task.problem_type, labels_of(config, self.task)
-        report.outputs = config.num_labels if self.task.has_head else 0
-
-    def _fill_report(self, seconds: float) -> None:
-        self._identify()
-        report = self.report
+    def _row_counts(self) -> dict[str, int]:
         held = len(self.held_rows) if self.held_rows is not None else 0
-        report.rows = {
+        return {
             "gradient": len(self.pass_rows),
             "search": held if self._config.chooses else 0,
             "guard": held if self._config.guard else 0,
         }
+
+    def _fill_report(self, seconds: float) -> None:
+        self.identify()
+        report = self.report
+        report.rows = self._row_counts()
         self.seconds["pass"] = self.pass_seconds
         self.seconds["total"] = seconds - self.seconds["evaluation"]
         report.seconds = {part: round(value, 3) for part, value in self.seconds.items()}
@@ -330,53 +345,3 @@ class OneStepTrainer(HeadTrainer):
             logs = {key: value for key, value in logs.items() if key != "learning_rate"}
             logs["step_size"] = self.one_step.outcomes[-1].step_size
         super().log(logs, start_time)
-
-    # Saving
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """An ordinary PEFT adapter (or model), its head, tokenizer, report and picture; the folder is whole or absent.
-
-        With `push_to_hub=True` the folder is then pushed. Checkpoints that Trainer makes on the way are Trainer's own,
-        without the token, and are never pushed.
-
-        Raises:
-            ValueError: The push is refused; the folder is saved.
-            PushError: The push did not arrive; the folder is saved.
-        """
-        if _internal_call:
-            token, self.args.hub_token = self.args.hub_token, None
-            try:
-                super().save_model(output_dir, _internal_call=True)
-            finally:
-                self.args.hub_token = token
-        elif self.args.should_save:
-            folder = Path(output_dir or self._config.output_dir or ".")
-            self.save_folder(folder)
-            if self._config.push_to_hub:
-                self.push_folder(folder)
-
-    def save_folder(self, folder: Path) -> None:
-        """Writes a whole folder, over nothing but what this trainer has saved there before."""
-        self._check_free(folder)
-        self.report = save_whole(folder, lambda staging: self._write(staging, folder))
-        self._saved_to.add(folder)
-
-    def _check_free(self, folder: Path) -> None:
-        if folder not in self._saved_to:
-            check_free(folder)
-
-    def _write(self, staging: Path, folder: Path) -> StepReport:
-        save_model_files(self.bare_model, staging)
-        tokenizer: Any = self.processing_class
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        self.report.plot(staging / PICTURE)
-        self.write_probe(self.bare_model, staging)
-        self._identify()
-        if not self.report.base_model:
-            warnings.warn(
-                "The base was built from a configuration and has no name, so the adapter cannot say what it belongs "
-                "to: save the base too, and load with `base_model=`.",
-                stacklevel=2,
-            )
-        return replace(self.report, base_model=portable(self.report.base_model, folder.resolve()))

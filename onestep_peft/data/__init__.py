@@ -11,12 +11,16 @@ What a row holds, by task:
 from __future__ import annotations
 
 from onestep_peft.data.columns import (
+    COMPLETION,
     LABEL_COLUMNS,
+    MESSAGES,
+    WORD_COLUMNS,
     Columns,
     check_columns,
     check_some,
     guess_columns,
     guess_task,
+    guess_text,
     hides_labels,
 )
 from onestep_peft.data.labels import count_labels, label_names, task_of_labels
@@ -24,6 +28,7 @@ from onestep_peft.data.reading import BUILDERS, read
 from onestep_peft.data.tokens import Tokenised, tokenise
 
 __all__ = [
-    "BUILDERS", "LABEL_COLUMNS", "Columns", "Tokenised", "check_columns", "check_some", "count_labels",
-    "guess_columns", "guess_task", "hides_labels", "label_names", "read", "task_of_labels", "tokenise",
+    "BUILDERS", "COMPLETION", "LABEL_COLUMNS", "MESSAGES", "WORD_COLUMNS", "Columns", "Tokenised", "check_columns",
+    "check_some", "count_labels", "guess_columns", "guess_task", "guess_text", "hides_labels", "label_names", "read",
+    "task_of_labels", "tokenise",
 ]  # fmt: skip

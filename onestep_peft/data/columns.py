@@ -83,28 +83,36 @@ def guess_columns(
         )
     if task is TOKEN_CLASSIFICATION:
         return Columns(tuple(given) or _guess_words(rows), label)
-    return Columns(tuple(given) or _guess_text(rows, label), label, is_multi_hot(rows, label))
+    strings = [name for name, kind in rows.features.items() if _is_string(kind) and name != label]
+    return Columns(tuple(given) or guess_text(strings, names), label, is_multi_hot(rows, label))
 
 
 def _first(rows: Dataset, known: Sequence[str]) -> str | None:
     return next((name for wanted in known for name in rows.column_names if name.lower() == wanted), None)
 
 
-def _guess_text(rows: Dataset, label: str) -> tuple[str, ...]:
-    strings = [name for name, kind in rows.features.items() if _is_string(kind) and name != label]
+def guess_text(strings: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Which of the columns that hold strings is the text, or which two are.
+
+    Args:
+        names: All columns, for the message.
+
+    Raises:
+        ValueError: It is not clear.
+    """
     for pair in TEXT_PAIRS:
         if set(pair) <= set(strings):
             return pair
     known = [name for wanted in TEXT_COLUMNS for name in strings if name.lower() == wanted]
     if len(strings) == 1 or known:
         return (known[0],) if known else (strings[0],)
-    raise _unclear(rows, f"{strings or 'none'} of the columns {rows.column_names} hold strings")
+    raise _unclear(f"{strings or 'none'} of the columns {names} hold strings")
 
 
 def _guess_words(rows: Dataset) -> tuple[str, ...]:
     found = _first(rows, WORD_COLUMNS)
     if found is None:
-        raise _unclear(rows, f"none of the columns {rows.column_names} is called {' or '.join(WORD_COLUMNS)}")
+        raise _unclear(f"none of the columns {rows.column_names} is called {' or '.join(WORD_COLUMNS)}")
     return (found,)
 
 
@@ -119,11 +127,11 @@ def _guess_generation(rows: Dataset) -> tuple[str, ...]:
     found = _first(rows, (*MESSAGES, *TEXT_COLUMNS))
     strings = [name for name, kind in rows.features.items() if _is_string(kind)]
     if found is None and len(strings) != 1:
-        raise _unclear(rows, f"{strings or 'none'} of the columns {rows.column_names} hold strings")
+        raise _unclear(f"{strings or 'none'} of the columns {rows.column_names} hold strings")
     return (found or strings[0],)
 
 
-def _unclear(rows: Dataset, why: str) -> ValueError:
+def _unclear(why: str) -> ValueError:
     return ValueError(
         f"Which column is the text is not clear: {why}. Name it: `text_column=` (`--text-column` in the shell)."
     )

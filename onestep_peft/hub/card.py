@@ -14,7 +14,13 @@ from onestep_peft.report import STAGES, StepReport
 TEMPLATE = Path(__file__).with_name("card.md")
 SHOWN_LABELS = 30
 NO_LOSS = "–"
-KINDS = {"lora": "A LoRA adapter", "prompt_tuning": "A tuned prompt (an adapter)", "full": "New weights"}
+# What the folder is to its base, by the report's method.
+KINDS = {
+    "lora": "A LoRA adapter for",
+    "prompt_tuning": "A tuned prompt (an adapter) for",
+    "full": "A fully tuned copy of",
+    "merged": "A LoRA adapter merged into",
+}
 # What the card's example calls the pipeline, by task.
 EXAMPLES = {"text-classification": "classify", "token-classification": "tag", "text-generation": "generate"}
 
@@ -25,23 +31,26 @@ def card(report: StepReport, repo_id: str | None = None) -> str:
     Args:
         repo_id: Where it will be; None for a folder that nobody has pushed.
     """
-    where = repo_id or "path/to/this/folder"
+    where, whole = repo_id or "path/to/this/folder", report.method == "full"
+    task = tasks.named(report.task, report.problem_type)
     # Rows that came as tokens leave no tokenizer in the folder; the base has one.
     tokenizer = where if "tokenizer_config.json" in report.files or not report.files else report.base_model
     return str(
         ModelCard.from_template(
             _metadata(report, where),
             template_path=str(TEMPLATE),
-            name=where.rpartition("/")[2] if repo_id else f"A {report.task} adapter",
+            name=where.rpartition("/")[2] if repo_id else f"A {report.task} {'model' if whole else 'adapter'}",
+            kind=KINDS[report.merged_from and "merged" or report.method],
+            whole=whole,
             where=where,
             tokenizer=tokenizer,
             base=hub_base(report),
             revision=report.base_revision,
             task=report.task,
-            kind=KINDS.get(report.method, "An adapter"),
             labels=_labels(report.labels),
             outputs=report.outputs or len(report.labels),
-            auto_peft=tasks.named(report.task, report.problem_type).auto_peft,
+            auto=task.auto_model.__name__ if whole else task.auto_peft,
+            prompted=report.method == "prompt_tuning" and task.by_token,
             example=EXAMPLES[report.task],
             steps=[_step(step) for step in report.steps],
             rows=report.rows,
@@ -65,7 +74,7 @@ def _metadata(report: StepReport, where: str) -> ModelCardData:
     results = _results(report)
     return ModelCardData(
         base_model=hub_base(report),
-        library_name="peft",
+        library_name="transformers" if report.method == "full" else "peft",
         pipeline_tag=report.task,
         tags=["onestep_peft", report.method],
         datasets=names or None,

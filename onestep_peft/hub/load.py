@@ -32,7 +32,15 @@ def load(
     Raises:
         ValueError: Neither a folder nor a repository, one that is not whole, or a base that cannot be found.
     """
-    folder = _fetch(folder_or_repo, revision)
+    model, tokenizer, _ = load_with_report(folder_or_repo, revision, base_model=base_model)
+    return model, tokenizer
+
+
+def load_with_report(
+    folder_or_repo: str | os.PathLike[str], revision: str | None = None, *, base_model: str | None = None
+) -> tuple[PeftModel | PreTrainedModel, PreTrainedTokenizerBase, StepReport]:
+    """As `load`, with the report of the run."""
+    folder = fetch(folder_or_repo, revision)
     report = read_whole(folder)
     # A base comes without a head, and says so at length; the adapter brings it.
     verbosity = logging.get_verbosity()
@@ -45,7 +53,7 @@ def load(
     tokenizer = load_tokenizer(str(folder if (folder / "tokenizer_config.json").is_file() else base))
     if config_of(model).pad_token_id is None:
         config_of(model).pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, report
 
 
 def _whole_model(folder: Path, report: StepReport) -> tuple[PreTrainedModel, str]:
@@ -78,7 +86,12 @@ def _adapted(folder: Path, report: StepReport, base_model: str | None) -> tuple[
     return adapted, base
 
 
-def _fetch(folder_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
+def fetch(folder_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
+    """A folder as it is, or a repository's files.
+
+    Raises:
+        ValueError: Neither a folder nor a repository.
+    """
     folder = Path(folder_or_repo)
     if folder.is_dir():
         if revision is not None:

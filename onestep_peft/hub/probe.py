@@ -1,6 +1,7 @@
 """What a model answers to a few inputs, kept with it, so that any later process can tell whether it is the same model.
 
-`python -m onestep_peft.hub.probe FOLDER` loads a saved folder and prints, as JSON, how far its answers are off.
+`python -m onestep_peft.hub.probe FOLDER [float64]` loads a saved folder and prints, as JSON, how far its answers are
+off.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def record(model: nn.Module, batch: Mapping[str, Any], keep: set[int], file: Pat
     logits = _logits(model, inputs)
     tensors = {name: value.cpu().contiguous() for name, value in inputs.items()} | {LOGITS: logits}
     # One entry: safetensors writes several in an order that changes from call to call, and so would the checksum.
-    save_file(tensors, file, metadata={MADE_ON: f"{next(model.parameters()).device.type} {_dtype(model)}"})
+    save_file(tensors, file, metadata={MADE_ON: f"{next(model.parameters()).device.type} {dtype_of(model)}"})
 
 
 def _shortened(inputs: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
@@ -87,47 +88,57 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-def _dtype(model: nn.Module) -> str:
-    """Of the base: adapters and fresh heads are kept in fp32."""
+def dtype_of(model: nn.Module) -> str:
+    """Of the base's weights: adapters and fresh heads are kept in fp32."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     return str(embeddings.weight.dtype).removeprefix("torch.")
 
 
-def compare(folder: Path) -> dict[str, float]:
-    """How far the folder's model, loaded by `load`, is from what was recorded.
+def compare(folder: Path, float64: bool = False) -> dict[str, float]:
+    """How far the folder's model, loaded by `load`, is from what was recorded; see `compare_model`.
+
+    Args:
+        float64: Whether to compute in float64: what differs then is the weights, not the rounding on the way.
+    """
+    from onestep_peft.hub.load import load
+
+    model, _ = load(folder)
+    return compare_model(model.double() if float64 else model, folder / FILE)
+
+
+def compare_model(model: nn.Module, file: Path) -> dict[str, float]:
+    """How far a model is from what was recorded.
 
     Returns:
         "difference" (the largest, by the largest recorded logit; infinite where they are not numbers) and the
         "tolerance" for it.
     """
-    from onestep_peft.hub.load import load
-
-    model, _ = load(folder)
-    with safe_open(folder / FILE, "pt") as file:
-        made_on, made_in = file.metadata()[MADE_ON].split()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with safe_open(file, "pt") as record:
+        made_on, made_in = record.metadata()[MADE_ON].split()
+        tensors = {name: record.get_tensor(name) for name in record.keys()}  # noqa: SIM118
     expected = tensors.pop(LOGITS)
     if made_on == "cuda" and torch.cuda.is_available():
-        model.to(torch.device("cuda"))  # type: ignore[arg-type]
+        model.to(torch.device("cuda"))
     device = next(model.parameters()).device
     found = _logits(model, {name: value.to(device) for name, value in tensors.items()})
     difference = float("inf")
     if found.shape == expected.shape:
         difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    exact = made_in == _dtype(model) == "float32"
+    exact = {made_in, dtype_of(model)} <= {"float32", "float64"}
     return {
         "difference": difference if difference == difference else float("inf"),
         "tolerance": TOLERANCE if exact else TOLERANCE_16_BIT,
     }
 
 
-def check_in_fresh_process(folder: Path, token: str | None = None) -> float:
+def check_in_fresh_process(folder: Path, token: str | None = None, *, float64: bool = False) -> float:
     """Loads the folder in a process of its own and compares its logits with those that were recorded.
 
     Whatever the saving process still had in memory and did not write cannot help there.
 
     Args:
         token: For a private base; None for the one that the Hub's client knows.
+        float64: Whether what was recorded was computed in float64, and is to be.
 
     Returns:
         The largest difference, by the largest recorded logit.
@@ -144,8 +155,9 @@ def check_in_fresh_process(folder: Path, token: str | None = None) -> float:
         package = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": paths, **({"HF_TOKEN": token} if token else {})}
+        words = [str(folder.resolve()), *["float64"] * float64]
         run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "onestep_peft.hub.probe", str(folder.resolve())],
+            [sys.executable, "-W", "ignore", "-m", "onestep_peft.hub.probe", *words],
             capture_output=True, text=True, env=environment, cwd=empty, timeout=PATIENCE_S,
         )  # fmt: skip
     if run.returncode != 0:
@@ -162,4 +174,4 @@ def check_in_fresh_process(folder: Path, token: str | None = None) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(Path(sys.argv[1]))))
+    print(json.dumps(compare(Path(sys.argv[1]), float64=sys.argv[2:] == ["float64"])))

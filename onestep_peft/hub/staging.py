@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from onestep_peft.hub.card import card
 from onestep_peft.hub.remote import Journal, attempt
 from onestep_peft.report import StepReport
-from onestep_peft.saving import CARD, save_whole
+from onestep_peft.saving import BASES, CARD, save_whole
 
 
 @contextlib.contextmanager
@@ -38,10 +38,7 @@ def staged(source: Path, report: StepReport, repo_id: str, base: tuple[str, str]
         for name in report.files:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, staging / name)
-        file = staging / "adapter_config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config |= {"base_model_name_or_path": base[0], "revision": base[1]}
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _name_base(staging, *base)
         (staging / CARD).write_text(card(published, repo_id), encoding="utf-8")
         return published
 
@@ -49,6 +46,19 @@ def staged(source: Path, report: StepReport, repo_id: str, base: tuple[str, str]
         copy = Path(parent) / "adapter"
         save_whole(copy, write)
         yield copy
+
+
+def _name_base(folder: Path, base: str, commit: str) -> None:
+    """Writes the base's Hub id wherever PEFT or transformers keep its name."""
+    for name, always in (
+        ("adapter_config.json", {"base_model_name_or_path": base, "revision": commit}),
+        ("config.json", {}),
+    ):
+        file = folder / name
+        if file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config |= always | {key: base for key in BASES if config.get(key)}
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def pinned_base(

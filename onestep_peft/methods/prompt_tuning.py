@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from onestep_peft.lengths import positions_of
 from onestep_peft.methods.lora import SAVED_BY_PEFT
 from onestep_peft.step.layers import Prompt
 from onestep_peft.tasks import logits_for
@@ -22,6 +23,8 @@ auto = ("natural", "sgd", "sign")
 rank: int | None = None
 
 VIRTUAL_TOKENS = 20
+# Tokens of the shortest row that is of any use.
+ROW_MIN = 2
 # How far a row's logits may move where padding is put behind it, by their scale.
 PADDING_TOLERANCE = 1e-2
 
@@ -114,10 +117,11 @@ def layers(model: PeftModel, left_out: str | None = None) -> list[Prompt]:
 
 
 def _check_room(model: PreTrainedModel, tokens: int) -> None:
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and tokens >= room:
+    positions = positions_of(model)
+    if tokens + ROW_MIN > positions:
         raise ValueError(
-            f"`num_virtual_tokens={tokens}` fills all {room} positions of {type(model).__name__}. Use fewer."
+            f"`num_virtual_tokens={tokens}` leaves no room among the {positions} positions of {type(model).__name__}. "
+            f"Use at most {positions - ROW_MIN}."
         )
 
 

@@ -13,7 +13,7 @@ from onestep_peft.step import processes
 from onestep_peft.step.candidates import Bundle, Candidate, Evidence, build_candidates
 from onestep_peft.step.guard import cross_fitted, judge
 from onestep_peft.step.layers import Layer, Prompt
-from onestep_peft.step.line_search import EVALUATIONS, SearchResult, search_step_size
+from onestep_peft.step.line_search import PART_EVALUATIONS, SearchResult, search_step_size
 from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import Statistics
@@ -283,7 +283,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         for name, part in list(best.parts.items())[1:]:
             loss = self._loss_along(part, f"{best.name}, {name}", trials)
             result = search_step_size(
-                loss, part.start * relative, loss_at_zero=outcome.loss_after, budget=EVALUATIONS // 2
+                loss, part.start * relative, loss_at_zero=outcome.loss_after, budget=PART_EVALUATIONS
             )
             step_size, outcome.loss_after = result.best
             part.apply(step_size)

@@ -193,13 +193,14 @@ def _device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def statistics_of(layer: Layer | Prompt, covariances: bool = True) -> Statistics:
+def statistics_of(layer: Layer | Prompt, covariances: bool = True, device: torch.device | None = None) -> Statistics:
     """Empty statistics for a layer.
 
     Args:
         covariances: Whether a direction needs them. Their traces are kept in any case, to tell noise.
+        device: Where they are kept; None for where the layer is.
     """
-    device = _device_of(layer.module)
+    device = device or _device_of(layer.module)
     if isinstance(layer, Prompt):
         return RowGradients(layer.shape, device)
     factors = [

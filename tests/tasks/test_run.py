@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from onestep_peft import OneStepTrainer, StepReport, head_trainer, load
-from onestep_peft.answers import predictions
 from onestep_peft.hub import probe
 from onestep_peft.hub.card import card
+from onestep_peft.lengths import longest_input
+from onestep_peft.prediction import predict
 from onestep_peft.tasks import logits_for
 from tests.conftest import SIGNAL_WORDS, WORDS, bits, config_for, tiny_bert, word_tokenizer
 from tests.tasks.small import counting_texts, tagged_rows, tiny_causal_llama, tiny_gpt2, tiny_tagger
@@ -194,7 +195,7 @@ def test_prompts_come_back_too(name: str, tmp_path: Path) -> None:
     step = trainer.report.steps[-1]
     assert step["accepted"] and step["loss_after"] < step["loss_before"], trainer.report.summary()
     # 20 of the model's 64 positions are the prompt's.
-    assert trainer.tokenise._max_length() == 44
+    assert longest_input(trainer.processing_class, trainer.tokenise.positions, trainer.tokenise.virtual_tokens) == 44
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
@@ -217,27 +218,25 @@ def test_a_reloaded_language_model_goes_on_with_a_text(name: str, method: str, t
 def test_predictions_are_a_tasks_own(done: tuple[str, OneStepTrainer, Path]) -> None:
     name, _, folder = done
     model, tokenizer = load(folder / "lora")
-    lines = list(predictions(model, tokenizer, ["w1 w2 w50 w60", "w9 w70 w40"]))
+    records = list(predict(model, tokenizer, ["w1 w2 w50 w60", "w9 w70 w40"]))
     if name == "tags":
-        assert [line.split()[-1] for line in lines if not line.startswith(" ")] == ["w60", "w40"]
-        assert any(line.split()[0] == "PER" and "w1" in line for line in lines)
-        assert any(line.split()[0] == "LOC" and "w9" in line for line in lines)
+        first, second = (record["entities"] for record in records)
+        assert (first[0]["entity_group"], first[0]["word"].split()[0]) == ("PER", "w1")
+        assert (second[0]["entity_group"], second[0]["word"].split()[0]) == ("LOC", "w9")
+        json.dumps(records)
     elif name == "topics":
-        text = KINDS[name].rows(30, 5)
-        lines = list(predictions(model, tokenizer, [row["text"] for row in text]))
-        for row, line in zip(text, lines, strict=True):
+        texts = [row["text"] for row in KINDS[name].rows(30, 5)]
+        for text, record in zip(texts, predict(model, tokenizer, texts), strict=True):
             with torch.no_grad():
-                (scores,) = model(**tokenizer(row["text"], return_tensors="pt")).logits.sigmoid()
-            there = {
-                f"{label} {score:.3f}" for label, score in zip(KINDS[name].labels, scores, strict=True) if score > 0.5
-            }
-            said, text_ = line.split("  ", 1)
-            assert set(said.split(", ")) == (there or {"-"}) and text_ == row["text"]
+                (scores,) = model(**tokenizer(text, return_tensors="pt")).logits.sigmoid().tolist()
+            there = {label: score for label, score in zip(KINDS[name].labels, scores, strict=True) if score > 0.5}
+            assert dict(zip(record["labels"], record["scores"], strict=True)) == pytest.approx(there, rel=1e-4)
     elif name == "score":
-        good, bad = (float(line.split()[0]) for line in lines)
-        assert good > bad and lines[0].endswith("w60")
+        with torch.no_grad():
+            expected = float(model(**tokenizer("w1 w2 w50 w60", return_tensors="pt")).logits)
+        assert records[0]["value"] == pytest.approx(expected, rel=1e-4) and records[0]["value"] > records[1]["value"]
     else:
-        assert lines[0].startswith("w1 w2 w50 w60 ")
+        assert records[0]["generated_text"].startswith(" w")
 
 
 def test_a_pipeline_counts_tokens_behind_a_prompt_from_the_rows_first(tmp_path: Path) -> None:
