@@ -11,6 +11,8 @@ from onestep_peft.wrapping import base_of
 # Tokenizers and models that know no limit.
 NO_LIMIT = 1_000_000
 MAX_LENGTH = 512
+# Tokens of the shortest row that is of any use.
+ROW_MIN = 2
 
 
 def positions_of(model: nn.Module) -> int:
@@ -23,6 +25,15 @@ def positions_of(model: nn.Module) -> int:
     return getattr(base.config, "max_position_embeddings", None) or NO_LIMIT
 
 
+def check_virtual_tokens(positions: int, virtual_tokens: int) -> None:
+    """Raises a ValueError where virtual tokens leave rows no room."""
+    if virtual_tokens and virtual_tokens + ROW_MIN > positions:
+        raise ValueError(
+            f"`num_virtual_tokens={virtual_tokens}` leaves rows no room among the model's {positions} positions. Use at "
+            f"most {positions - ROW_MIN}."
+        )
+
+
 def longest_input(tokenizer: Any, positions: int, virtual_tokens: int = 0, max_length: int | None = None) -> int:
     """Where a row's tokens are cut.
 
@@ -32,11 +43,12 @@ def longest_input(tokenizer: Any, positions: int, virtual_tokens: int = 0, max_l
         max_length: What the user wants, or None for the limit of tokenizer and model, at most 512.
 
     Raises:
-        ValueError: The model has no room for `max_length` tokens.
+        ValueError: The model has no room for `max_length` tokens, or for any behind the virtual ones.
     """
+    check_virtual_tokens(positions, virtual_tokens)
     room = positions - virtual_tokens
     if max_length is None:
-        return max(2, min(tokenizer.model_max_length, room, MAX_LENGTH))
+        return max(ROW_MIN, min(tokenizer.model_max_length, room, MAX_LENGTH))
     if max_length > room:
         virtual = f" less {virtual_tokens} virtual tokens" if virtual_tokens else ""
         raise ValueError(

@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from onestep_peft.lengths import positions_of
+from onestep_peft.lengths import check_virtual_tokens, positions_of
 from onestep_peft.methods.lora import SAVED_BY_PEFT
 from onestep_peft.step.layers import Prompt
 from onestep_peft.tasks import logits_for
@@ -23,8 +24,6 @@ auto = ("natural", "sgd", "sign")
 rank: int | None = None
 
 VIRTUAL_TOKENS = 20
-# Tokens of the shortest row that is of any use.
-ROW_MIN = 2
 # How far a row's logits may move where padding is put behind it, by their scale.
 PADDING_TOLERANCE = 1e-2
 
@@ -63,7 +62,7 @@ def wrap(
     """
     validate(config)
     embedding: Any = model.get_input_embeddings()
-    _check_room(model, config.num_virtual_tokens)
+    check_virtual_tokens(positions_of(model), config.num_virtual_tokens)
     # PEFT guesses these from names that not every configuration has.
     config.token_dim = config.token_dim or embedding.embedding_dim
     config.num_layers = config.num_layers or getattr(model.config, "num_hidden_layers", 1)
@@ -76,11 +75,20 @@ def wrap(
     try:
         _check_works(cast(PeftModel, wrapped))
     except ValueError:
-        for parameter in frozen:  # the model as it came
-            parameter.requires_grad_(True)
+        _unwrap(model, frozen)
         raise
     settle(cast(PeftModel, wrapped))
     return cast(PeftModel, wrapped)
+
+
+def _unwrap(model: PreTrainedModel, trainable: Sequence[nn.Parameter]) -> None:
+    """Takes off what PEFT has put on a model, so that it is as it came."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, own = path.rpartition(".")
+            setattr(model.get_submodule(parent), own, module.original_module)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
 
 
 def settle(model: PeftModel) -> None:
@@ -114,15 +122,6 @@ def layers(model: PeftModel, left_out: str | None = None) -> list[Prompt]:
     shape = tuple(encoder.embedding.weight.shape)
     base: Any = model.base_model
     return [Prompt("prompt", base, shape, lambda: encoder.embedding.weight)]
-
-
-def _check_room(model: PreTrainedModel, tokens: int) -> None:
-    positions = positions_of(model)
-    if tokens + ROW_MIN > positions:
-        raise ValueError(
-            f"`num_virtual_tokens={tokens}` leaves no room among the {positions} positions of {type(model).__name__}. "
-            f"Use at most {positions - ROW_MIN}."
-        )
 
 
 @torch.no_grad()
