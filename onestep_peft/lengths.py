@@ -29,8 +29,8 @@ def check_virtual_tokens(positions: int, virtual_tokens: int) -> None:
     """Raises a ValueError where virtual tokens leave rows no room."""
     if virtual_tokens and virtual_tokens + ROW_MIN > positions:
         raise ValueError(
-            f"`num_virtual_tokens={virtual_tokens}` leaves rows no room among the model's {positions} positions. Use at "
-            f"most {positions - ROW_MIN}."
+            f"`num_virtual_tokens={virtual_tokens}` leaves rows no room among the model's {positions} positions. Use "
+            f"at most {positions - ROW_MIN}."
         )
 
 
