@@ -31,7 +31,7 @@ demo: $(VENV)/.package $(VENV)/.model
 		"We get your website to page one in 7 days, reply YES for a free audit"
 
 test: $(VENV)/.dev $(VENV)/.model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from onestep_peft.tasks.task import UNLABELLED
 # Ridge penalties that are tried, from the strongest on, in units of the features' variance.
 PENALTIES = tuple(10 ** (-i / 2) for i in range(0, 9))
 # Largest entry of the gradient at which L-BFGS stops: to compare penalties, and for the head that is kept.
-ROUGH, CONVERGED = 1e-4, 1e-6
+ROUGH, CONVERGED = 1e-4, 1e-7
 
 
 def fresh_modules(model: nn.Module) -> list[str]:

@@ -100,7 +100,7 @@ class ResumableTrainer(ExactGradientTrainer):
         self._digest = self._digest_of(base, fresh)
         found = None
         try:
-            found = pass_state.read(self._folder, self._identity, str(self.args.device))
+            found = pass_state.read(self._folder, self._identity)
         except ValueError as error:
             warnings.warn(f"The unfinished pass in {self._folder} is not taken up: {error}.", stacklevel=2)
         self._state = PassState(self._identity, 0, 0, [], self.report.metrics, self.seconds)
@@ -132,7 +132,7 @@ class ResumableTrainer(ExactGradientTrainer):
             sums, self._skipped = self._unfinished.sums, self._unfinished.state.batches
             self._unfinished = None
             self.one_step.load_sums(sums)
-            self._loss_sum = sums["loss"]
+            self._loss_sum = sums["loss"].to(self.args.device)
             self.pass_seconds = self.seconds["pass"]
         if self._state is not None:
             self._state.step, self._state.identity = self.state.global_step, self._identity

@@ -19,7 +19,6 @@ from onestep_peft.hub.load import fetch, load_with_report
 from onestep_peft.methods import full, lora
 from onestep_peft.report import PICTURE, StepReport
 from onestep_peft.saving import portable, read_whole, save_model_files, save_whole
-from onestep_peft.tasks import task_of
 from onestep_peft.wrapping import config_of
 
 # The largest difference by the largest logit. Weights in fp32 are compared in float64, where only the rounding of
@@ -110,11 +109,8 @@ def _record(model: Any, tokenizer: Any, source: Path, target: Path, wide: bool) 
     """Writes the adapter's logits for the inputs that its folder was checked with."""
     inputs = load_file(source / probe.FILE)
     inputs.pop(probe.LOGITS)
-    special, task = probe.special_ids(config_of(model), tokenizer), task_of(model)
-    probe.record(
-        model.double() if wide else model, inputs, special, target / probe.FILE, by_token=task.by_token,
-        outputs=task.outputs(config_of(model)),
-    )  # fmt: skip
+    special = probe.special_ids(config_of(model), tokenizer)
+    probe.record(model.double() if wide else model, inputs, special, target / probe.FILE)
     if wide:
         model.float()
 

@@ -101,8 +101,8 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     os.replace(staged, path)
 
 
-def read(folder: Path, identity: str, device: str) -> Unfinished | None:
-    """The state in a folder, None where there is none.
+def read(folder: Path, identity: str) -> Unfinished | None:
+    """The state in a folder, its tensors on the CPU; None where there is none.
 
     Raises:
         ValueError: It belongs to another run, or is damaged; the message says which.
@@ -121,8 +121,8 @@ def read(folder: Path, identity: str, device: str) -> Unfinished | None:
         file = folder / name
         if name not in state.files or not file.is_file() or sha256(file) != state.files[name]:
             raise ValueError(f"{name} is missing or damaged")
-    tensors = load_file(folder / start, device=device)
-    return Unfinished(state, [tensors[str(i)] for i in range(len(tensors))], load_file(folder / sums, device=device))
+    tensors = load_file(folder / start)
+    return Unfinished(state, [tensors[str(i)] for i in range(len(tensors))], load_file(folder / sums))
 
 
 def remove(folder: Path) -> None:

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onestep_peft.tasks import logits_for
+from onestep_peft.tasks import logits_for, task_of
+from onestep_peft.wrapping import config_of
 
 FILE = "probe.safetensors"
 LOGITS = "logits"
@@ -41,9 +42,7 @@ def special_ids(config: Any, tokenizer: Any) -> set[int]:
     return {int(i) for i in [*ids, *getattr(tokenizer, "all_special_ids", ())] if isinstance(i, int)}
 
 
-def record(
-    model: nn.Module, batch: Mapping[str, Any], keep: set[int], file: Path, *, by_token: bool, outputs: int
-) -> None:
+def record(model: nn.Module, batch: Mapping[str, Any], keep: set[int], file: Path) -> None:
     """Writes inputs and the model's logits for them, `(rows, classes)` or `(rows, tokens, classes)`, fp32, on the CPU.
 
     The file travels with the model, so it must not hold anybody's rows: words give way to words drawn from a seed,
@@ -52,14 +51,13 @@ def record(
     Args:
         batch: Inputs as the model takes them, on its device; labels are left out.
         keep: Ids of the special tokens.
-        by_token: Whether every token has logits.
-        outputs: How many logits.
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     inputs["input_ids"] = _redrawn(inputs["input_ids"], keep, int(embeddings.num_embeddings))
-    if by_token:
-        inputs = _shortened(inputs, LOGITS_MAX // outputs)
+    task = task_of(model)
+    if task.by_token:
+        inputs = _shortened(inputs, LOGITS_MAX // task.outputs(config_of(model)))
     logits = _logits(model, inputs)
     tensors = {name: value.cpu().contiguous() for name, value in inputs.items()} | {LOGITS: logits}
     # One entry: safetensors writes several in an order that changes from call to call, and so would the checksum.

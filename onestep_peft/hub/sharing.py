@@ -105,6 +105,4 @@ class SharingTrainer(ScoringTrainer):
         batch: Mapping[str, Any] = next(iter(self.get_test_dataloader(select(rows, range(min(PROBE_ROWS, len(rows)))))))
         if "input_ids" in batch:
             special = probe.special_ids(config_of(model), self.processing_class)
-            outputs = self.task.outputs(config_of(model))
-            file = folder / probe.FILE
-            probe.record(model, batch, special, file, by_token=self.task.by_token, outputs=outputs)
+            probe.record(model, batch, special, folder / probe.FILE)

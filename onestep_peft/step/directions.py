@@ -19,6 +19,8 @@ from onestep_peft.step.statistics import LayerStatistics
 # Below this share of the largest singular value a singular pair is too close to fp32's rounding in the gradient: a
 # polar factor would lift it to the rank of a signal, and it would differ from one batch size to the next.
 SINGULAR_CUTOFF = 1e-2
+# At half the cutoff a pair has 1/257 of its weight, at twice the cutoff all but that.
+STEEPNESS = 8
 # What float64 resolves of singular values through a Gram matrix.
 RESOLUTION = 1e-8
 ADAM_EPSILON = 1e-8
@@ -183,8 +185,11 @@ def kfac_muon(white: WhitenedGradient, rank: int | None) -> LowRank:
 
 
 def _signal(sigma: Tensor) -> Tensor:
-    """1 for singular values above the cutoff, 0 below."""
-    return (sigma > SINGULAR_CUTOFF * sigma[0]).to(sigma.dtype)
+    """1 for singular values above the cutoff, 0 below; in between steep, but without a jump.
+
+    A singular pair at the cutoff itself must not come and go with the rounding of its singular value.
+    """
+    return 1 / (1 + (SINGULAR_CUTOFF * sigma[0] / sigma).pow(STEEPNESS))
 
 
 def _unit_rms(direction: LowRank) -> LowRank:

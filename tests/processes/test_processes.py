@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conftest import relative_difference
-from tests.processes.run import KINDS
+from tests.processes.run import CUT, KINDS
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, number: int) -> None:
+def launch(folder: Path, number: int, *options: str) -> None:
     """Runs tests.processes.run: alone, or by `accelerate launch`.
 
     `--multi_gpu` is what makes accelerate start several processes; on the CPU they talk by gloo.
@@ -37,7 +37,7 @@ def launch(folder: Path, number: int) -> None:
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    command += ["tests.processes.run", str(folder)]
+    command += ["tests.processes.run", str(folder), *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -53,8 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def load(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    name = kind.replace(", ", "-").replace(" ", "_")
-    return json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors")
+    return json.loads((folder / f"{kind}.json").read_text()), load_file(folder / f"{kind}.safetensors")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,3 +91,22 @@ def _products(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, value in parameters.items()
         if "lora_A" in name
     }
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two processes that were both cut short in their pass, and started again."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    launch(folder, 2, "--cut")
+    return folder
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_two_processes_go_on_with_a_pass_that_was_cut_short(
+    kind: str, results: dict[int, Path], interrupted: Path
+) -> None:
+    (whole, expected), (resumed, found) = load(results[2], kind), load(interrupted, kind)
+    assert resumed["resumed"] == [2]  # cut after three micro-batches, saved after two
+    assert resumed["steps"] == whole["steps"]
+    assert resumed["metrics"] == whole["metrics"]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
