@@ -27,6 +27,8 @@ from onestep_peft.version import __version__
 
 # So many entries of every parameter stand for all of it where two models are compared.
 SAMPLE = 4096
+# What the report knows before the pass.
+REPORTED = ("metrics", "class_recall", "class_counts", "scored_on")
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -103,7 +105,7 @@ class ResumableTrainer(ExactGradientTrainer):
             found = pass_state.read(self._folder, self._identity)
         except ValueError as error:
             warnings.warn(f"The unfinished pass in {self._folder} is not taken up: {error}.", stacklevel=2)
-        self._state = PassState(self._identity, 0, 0, [], self.report.metrics, self.seconds)
+        self._state = PassState(self._identity, 0, 0, [], {}, self.seconds)
         places = processes.objects(None if found is None else (found.state.step, found.state.batches))
         if found is None or len(set(places)) > 1:
             return False
@@ -116,7 +118,8 @@ class ResumableTrainer(ExactGradientTrainer):
         for parameter, value in zip(self.trainable(), found.start, strict=True):
             parameter.copy_(value)
         state = found.state
-        self.report.metrics.update(state.metrics)
+        for name, value in state.report.items():
+            setattr(self.report, name, value)
         self.seconds.update(state.seconds)
         self.one_step.outcomes.extend(outcome_of(record) for record in state.steps)
         # Trainer counts on from here; the second one is what its log divides the loss by.
@@ -167,7 +170,7 @@ class ResumableTrainer(ExactGradientTrainer):
         assert self._state is not None
         state, self._state.batches = self._state, self._batch
         state.steps = [step_record(outcome) for outcome in self.one_step.outcomes]
-        state.metrics = self.report.metrics
+        state.report = {name: getattr(self.report, name) for name in REPORTED}
         state.seconds = {**self.seconds, "pass": self.pass_seconds + time.perf_counter() - self._pass_began}
         # Until the step moves them, the parameters are what they were at its start.
         start = {str(i): parameter for i, parameter in enumerate(self.trainable())}

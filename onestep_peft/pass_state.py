@@ -36,7 +36,7 @@ class PassState:
         step: Steps that are done; the pass is the next one's.
         batches: Micro-batches of the pass that are in the sums, in each process.
         steps: Records of the steps that are done, as in the report.
-        metrics: The report's so far.
+        report: The report's fields that earlier parts of the run have filled in.
         seconds: Wall time so far, by part.
         files: sha256 by file name.
     """
@@ -45,7 +45,7 @@ class PassState:
     step: int
     batches: int
     steps: list[dict[str, Any]]
-    metrics: dict[str, dict[str, float] | None]
+    report: dict[str, Any]
     seconds: dict[str, float]
     files: dict[str, str] = field(default_factory=dict)
 

@@ -166,7 +166,7 @@ def test_a_plain_accelerate_launch_is_taken(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 # A backend needs processes: see test_argument_steps.
-@pytest.mark.parametrize("name", [*arguments.HONOURED, *(arguments.HARMLESS.keys() - {"ddp_backend"})])
+@pytest.mark.parametrize("name", [*arguments.HONOURED, *sorted(arguments.HARMLESS.keys() - {"ddp_backend"})])
 def test_an_upcast_keeps_what_counts_and_says_nothing(name: str, tmp_path: Path) -> None:
     table = argument_values.HONOURED if name in arguments.HONOURED else argument_values.HARMLESS
     plain = stock(tmp_path, **table[name])

@@ -97,6 +97,7 @@ def test_a_resumed_run_makes_the_same_update(kind: str, tmp_path: Path) -> None:
         assert same_bits(bits(again.model)[name], value), name
     assert json.dumps(again.report.steps) == json.dumps(whole.report.steps)  # NaN does not equal itself
     assert again.report.metrics == whole.report.metrics
+    assert again.report.class_recall == whole.report.class_recall
     assert again.state.global_step == whole.state.global_step
     assert not (tmp_path / "cut" / "pass").exists()
 
