@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = str(error).strip().splitlines()[0]
         return _fail(f"out of memory ({said}) Try smaller batches (`--help` names the option).", FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted; what was not finished is not saved", INTERRUPTED, kind="")
+        return _fail("interrupted; no result was saved", INTERRUPTED, kind="")
 
 
 def _run(arguments: list[str]) -> int:

@@ -69,8 +69,8 @@ GROUPS = {
         "search_fraction", "search_rows_max", "guard", "guard_confidence",
     ],
     "the machine": [
-        "per_device_train_batch_size", "per_device_eval_batch_size", "bf16", "gradient_checkpointing", "use_cpu",
-        "seed", "disable_tqdm",
+        "per_device_train_batch_size", "per_device_eval_batch_size", "bf16", "activation_checkpointing", "use_cpu",
+        "seed", "save_pass_minutes", "disable_tqdm",
     ],
     "the Hub": ["push_to_hub", "hub_model_id", "hub_private_repo"],
 }  # fmt: skip

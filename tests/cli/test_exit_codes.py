@@ -27,7 +27,7 @@ from onestep_peft.errors import PushError
             torch.OutOfMemoryError("CUDA out of memory.\nTried"), 1,
             "onestep: error: out of memory (CUDA out of memory.) Try smaller batches (`--help` names the option).\n",
         ),
-        (KeyboardInterrupt(), 130, "onestep: interrupted; what was not finished is not saved\n"),
+        (KeyboardInterrupt(), 130, "onestep: interrupted; no result was saved\n"),
     ],
 )  # fmt: skip
 def test_each_end_has_its_status_and_its_line(
@@ -68,7 +68,7 @@ def test_ctrl_c_ends_a_real_run_with_one_line(tmp_path: Path) -> None:
     run.stdin.flush()
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 130
-    assert run.stderr.read() == b"onestep: interrupted; what was not finished is not saved\n"
+    assert run.stderr.read() == b"onestep: interrupted; no result was saved\n"
     run.stdin.close()
 
 

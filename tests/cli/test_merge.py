@@ -74,7 +74,7 @@ def test_an_interruption_leaves_nothing(
     monkeypatch.setattr(merging.probe, "check_in_fresh_process", interrupted)
     capsys.readouterr()
     assert main(["merge", folder, str(tmp_path / "whole")]) == 130
-    assert capsys.readouterr().err == "onestep: interrupted; what was not finished is not saved\n"
+    assert capsys.readouterr().err == "onestep: interrupted; no result was saved\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -156,6 +156,17 @@ def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_the_help_of_train_shows_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    words = capsys.readouterr().out.split()
+    shown = {
+        "--task", "--dry-run", "--config", "--max-length", "--search-budget", "--activation-checkpointing",
+        "--save-pass-minutes", "--text-column", "--method",
+    }  # fmt: skip
+    assert shown <= set(words)
+
+
 def test_help_of_each_command_is_short_and_in_one_spelling(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
         with pytest.raises(SystemExit) as end:
