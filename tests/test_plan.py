@@ -81,7 +81,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "lora", "direction": "muon"},
     {"method": "full", "direction": "kfac"},
     {"method": "full", "direction": "sgd"},
-    {"method": "prompt_tuning", "direction": "natural"},
+    {"method": "prompt_tuning", "direction": "natural", "fit_head": False},
 ]
 
 
