@@ -98,7 +98,7 @@ def test_tokens_that_leave_a_prompt_no_room_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_leaves_rows_no_room_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`num_virtual_tokens=61` leaves rows no room among the model's 62.*at most 60"):
+    with pytest.raises(ValueError, match="`num_virtual_tokens=61` leaves rows no room among .* 62 .*at most 60"):
         OneStepTrainer(
             model=tiny_roberta(), args=config_for(tmp_path, search_fraction=0.5), train_dataset=long_rows(),
             processing_class=word_tokenizer(), peft_config=PromptTuningConfig(num_virtual_tokens=61),
