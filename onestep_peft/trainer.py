@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ class OneStepTrainer(SavingTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel | str | None = None,
+        model: PreTrainedModel | PeftModel | str | os.PathLike[str] | None = None,
         args: TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Any = None,
@@ -109,6 +110,8 @@ class OneStepTrainer(SavingTrainer):
             raise ValueError("`metrics` and `compute_metrics` are both given. Leave one of them out.")
         resolved = metric_names.resolve([metrics] if isinstance(metrics, str) else metrics or ())
         template = model_init() if model is None and model_init is not None else model
+        if isinstance(template, os.PathLike):
+            template = os.fspath(template)
         if template is None:
             raise ValueError("`model` is missing: give a model, its name, or `model_init`.")
         sets = Sets(train_dataset, search_dataset, eval_dataset)

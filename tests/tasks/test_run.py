@@ -95,7 +95,7 @@ def run(folder: Path, name: str, **options: Any) -> OneStepTrainer:
         eos_tokenizer(name).save_pretrained(base)
     peft_config = None if "method" in options else LoraConfig(r=4)
     trainer = OneStepTrainer(
-        model=str(base), args=config_for(folder / options.get("method", "lora"), **options),
+        model=base, args=config_for(folder / options.get("method", "lora"), **options),
         train_dataset=kind.rows(200, 1), search_dataset=kind.rows(60, 2), eval_dataset=kind.rows(60, 3),
         peft_config=peft_config,
     )  # fmt: skip
