@@ -6,6 +6,7 @@ python -m tests.processes.run FOLDER [KIND ...]
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ ROWS = toy_rows(
 )  # without the held-out ones 53 or 60: batches of 8, dealt to two processes, do not come out even
 EVALUATION = toy_rows(21, seed=2)
 ADAPTER: dict[str, Any] = {"peft_config": LoraConfig(r=8, lora_alpha=8)}
+ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "true") == "true"
 FIXED: dict[str, Any] = {"step_size": 0.05, "guard": False}
 KINDS: dict[str, dict[str, Any]] = {
     "lora, auto": {**ADAPTER},
@@ -45,10 +47,10 @@ def run(folder: Path, kind: str) -> None:
     torch.manual_seed(7)  # PEFT draws A at random
     trainer = trainer_for(
         folder / "output", list(ROWS), model=model, eval_dataset=list(EVALUATION), per_device_train_batch_size=8,
-        per_device_eval_batch_size=4, save_pass_minutes=0, **{"search_fraction": 0.3, **KINDS[kind]},
+        per_device_eval_batch_size=4, save_pass_minutes=0, use_cpu=ON_CPU, **{"search_fraction": 0.3, **KINDS[kind]},
     )  # fmt: skip
     output = trainer.train()
-    everywhere = processes.objects({name: p.detach().clone() for name, p in trainer.model.state_dict().items()})
+    everywhere = processes.objects({name: p.detach().cpu() for name, p in trainer.model.state_dict().items()})
     if processes.rank() > 0:
         return
     assert all(torch.equal(ours, theirs[name]) for theirs in everywhere for name, ours in everywhere[0].items())
