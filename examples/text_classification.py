@@ -17,12 +17,11 @@ MESSAGES = Path(__file__).parent / "data" / "customer_messages"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="a Hub id or a folder")
+parser.add_argument("--dataset", default=str(MESSAGES), help="a Hub id or a folder, with three splits")
 parser.add_argument("--output-dir", default="onestep_output", help="where the adapter goes; must not hold a run")
 arguments = parser.parse_args()
 
-rows = load_dataset(
-    "json", data_files={split: str(MESSAGES / f"{split}.jsonl") for split in ("train", "validation", "test")}
-)
+rows = load_dataset(arguments.dataset)
 trainer = OneStepTrainer(
     model=arguments.model,  # or a model that you loaded, with processing_class=tokenizer
     args=OneStepConfig(output_dir=arguments.output_dir),

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before torch and the Hub's clients are imported: one thread (the machines have few cores), no network.
+# Before torch and the Hub's clients are imported: one thread (the machines have few cores), one GPU at most (a process
+# with more is refused), no network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -1,11 +1,13 @@
 """Whole runs of several kinds, under `accelerate launch` or alone; rank 0 writes down what came out of each.
 
-python -m tests.processes.run FOLDER [--cut]     # --cut: every pass is cut short once, and the run started again
+python -m tests.processes.run FOLDER [KIND ...]
+python -m tests.processes.run FOLDER --cut [KIND ...]     # every pass is cut short once, and the run started again
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tests.tasks.small import counting_texts, tagged_rows, tiny_causal_llama, ti
 # Of 75 rows 53, or 60, give the gradient: batches of 8, dealt to two processes, do not come out even.
 ROWS, EVALUATION = 75, 21
 ADAPTER: dict[str, Any] = {"peft_config": LoraConfig(r=8, lora_alpha=8)}
+ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "true") == "true"
 FIXED: dict[str, Any] = {"step_size": 0.05, "guard": False}
 TOKENS: dict[str, Any] = {"make": tiny_tagger, "rows": tagged_rows, "metrics": ["token_f1"]}
 TEXTS: dict[str, Any] = {"make": tiny_causal_llama, "rows": counting_texts}
@@ -69,7 +72,7 @@ def trainer_of(folder: Path, kind: str, **options: Any) -> OneStepTrainer:
         folder, rows(ROWS, 1), model=model, processing_class=tokenizer, eval_dataset=rows(EVALUATION, 2),
         **{
             "per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "search_fraction": 0.3,
-            "save_pass_minutes": 0, **settings, **options,
+            "save_pass_minutes": 0, "use_cpu": ON_CPU, **settings, **options,
         },
     )  # fmt: skip
 
@@ -85,7 +88,7 @@ def run(folder: Path, kind: str, cut: bool) -> None:
             raise AssertionError("the pass was to be cut short")
     trainer = trainer_of(output, kind, **saved)
     result = trainer.train()
-    everywhere = processes.objects({name: p.detach().clone() for name, p in trainer.model.state_dict().items()})
+    everywhere = processes.objects({name: p.detach().cpu() for name, p in trainer.model.state_dict().items()})
     if processes.rank() > 0:
         return
     assert all(torch.equal(ours, theirs[name]) for theirs in everywhere for name, ours in everywhere[0].items())
@@ -104,9 +107,10 @@ def run(folder: Path, kind: str, cut: bool) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    folder, *kinds = (word for word in sys.argv[1:] if word != "--cut")
     cut = "--cut" in sys.argv
-    for kind in CUT if cut else KINDS:
-        run(Path(sys.argv[1]), kind, cut)
+    for kind in kinds or (CUT if cut else KINDS):
+        run(Path(folder), kind, cut)
 
 
 if __name__ == "__main__":

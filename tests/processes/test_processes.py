@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from tests.processes.run import CUT, KINDS
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, number: int, *options: str) -> None:
+def launch(
+    folder: Path, number: int, *words: str, cpu: bool = True, environment: Mapping[str, str] = os.environ
+) -> None:
     """Runs tests.processes.run: alone, or by `accelerate launch`.
 
     `--multi_gpu` is what makes accelerate start several processes; on the CPU they talk by gloo.
@@ -33,11 +36,11 @@ def launch(folder: Path, number: int, *options: str) -> None:
             "--dynamo_backend", "no", "--module",
         ]  # fmt: skip
     environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        **environment,
+        "ACCELERATE_USE_CPU": str(cpu).lower(),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]),
     }
-    command += ["tests.processes.run", str(folder), *options]
+    command += ["tests.processes.run", str(folder), *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
