@@ -84,8 +84,12 @@ class ExactGradientTrainer(Trainer):
         with self.accelerator.no_sync(model):  # the sums of all processes are added up once, at the end
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss_sum = self._loss_sum + loss
+        return self.end_micro_batch()
+
+    def end_micro_batch(self) -> Tensor:
+        """Zero, and after the last micro-batch the mean loss of the pass."""
         if not self.accelerator.sync_gradients:
-            return torch.zeros_like(loss)
+            return torch.zeros((), device=self.args.device)
         items = self.one_step.finish_pass()
         processes.sum_over([self._loss_sum])
         self.pass_seconds += time.perf_counter() - self._pass_began

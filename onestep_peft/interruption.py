@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,10 @@ from onestep_peft.version import __version__
 SAMPLE = 4096
 # What the report knows before the pass.
 REPORTED = ("metrics", "class_recall", "class_counts", "scored_on")
+# Several processes agree on a save every so many micro-batches.
+AGREED_EVERY = 16
+# The last micro-batch's sums are saved after this share of the usual time.
+LAST_SHARE = 0.2
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -36,7 +40,7 @@ class ResumableTrainer(ExactGradientTrainer):
     """Saves the sums of a pass every few minutes or micro-batches, and takes them up again.
 
     A run with the same output folder, rows, model and settings goes on where the last state was saved and makes the
-    same update as a run that nothing cut short. SIGTERM saves a state and ends the process.
+    same update as a run that nothing cut short. SIGTERM in the pass saves a state and ends the process.
     """
 
     report: StepReport
@@ -54,8 +58,8 @@ class ResumableTrainer(ExactGradientTrainer):
         """The parameters that a run may change."""
         raise NotImplementedError
 
-    def settings_of_the_pass(self) -> dict[str, Any]:
-        """What the sums of a pass depend on, beside rows and model; as JSON takes it."""
+    def settings_of_the_run(self) -> dict[str, Any]:
+        """What the update and the report depend on, beside rows and model; as JSON takes it."""
         raise NotImplementedError
 
     @contextlib.contextmanager
@@ -72,17 +76,20 @@ class ResumableTrainer(ExactGradientTrainer):
         finally:
             if handles:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self._saves():
+        if self._state is not None:
             pass_state.remove(self._folder)
 
     def _on_sigterm(self, *_: Any) -> None:
         self._terminated = True
-        if not self._in_pass:  # outside of a pass there is nothing to save, and waiting could take long
+        if not self._in_pass or self._state is None:  # nothing to save, and waiting could take long
             raise SystemExit(TERMINATED)
 
     @property
     def _folder(self) -> Path:
-        return Path(self.args.output_dir or ".") / pass_state.FOLDER
+        """Where this run's state is: runs that differ have different ones."""
+        batch = f"{self._digest}, {self._train_batch_size} rows a micro-batch"
+        identity = hashlib.blake2b(batch.encode(), digest_size=8).hexdigest()
+        return Path(self.args.output_dir or ".") / pass_state.FOLDER / identity
 
     def _saves(self) -> bool:
         config = cast(OneStepConfig, self.args)
@@ -90,24 +97,28 @@ class ResumableTrainer(ExactGradientTrainer):
         ordered = config.train_sampling_strategy == "sequential"
         return ordered and bool(config.save_pass_minutes or config.save_pass_batches)
 
-    def resume_run(self, base: nn.Module, fresh: Iterable[str]) -> bool:
+    def resume_run(self, model: nn.Module, fresh: Sequence[str]) -> bool:
         """Takes up what an interrupted run has left: its parameters, scores and steps; returns whether there was any.
 
         Args:
-            base: The model without its adapter.
-            fresh: Names of its modules that no checkpoint filled: the saved state has them.
+            fresh: Names of modules that no checkpoint filled: the saved state has them.
         """
         if not self._saves():
             return False
-        self._digest = self._digest_of(base, fresh)
-        found = None
+        self._digest = self._digest_of(model, fresh)
+        self._state, found = PassState(0, 0, [], {}, self.seconds), None
         try:
-            found = pass_state.read(self._folder, self._identity)
+            found = pass_state.read(self._folder)
         except ValueError as error:
             warnings.warn(f"The unfinished pass in {self._folder} is not taken up: {error}.", stacklevel=2)
-        self._state = PassState(self._identity, 0, 0, [], {}, self.seconds)
         places = processes.objects(None if found is None else (found.state.step, found.state.batches))
-        if found is None or len(set(places)) > 1:
+        if found is None or len(set(places)) > 1 or found.state.step >= self.state.max_steps:
+            if others := pass_state.others(self._folder):
+                warnings.warn(
+                    f"{self._folder.parent} holds an unfinished pass ({', '.join(others)}) of other rows, another "
+                    "model or other settings. It stays; delete it when nothing is to go on there.",
+                    stacklevel=2,
+                )
             return False
         self._unfinished, self._state = found, found.state
         self._take_up(found)
@@ -122,9 +133,15 @@ class ResumableTrainer(ExactGradientTrainer):
             setattr(self.report, name, value)
         self.seconds.update(state.seconds)
         self.one_step.outcomes.extend(outcome_of(record) for record in state.steps)
-        # Trainer counts on from here; the second one is what its log divides the loss by.
-        self.state.global_step = self._globalstep_last_logged = state.step
+        self.count_steps(state.step)
         self.log({"resumed_step": state.step + 1, "resumed_batch": state.batches})
+
+    def count_steps(self, done: int) -> None:
+        """Lets Trainer count on from so many steps.
+
+        The second field, private in transformers 5, is what its log divides the loss by.
+        """
+        self.state.global_step = self._globalstep_last_logged = done
 
     def begin_pass(self) -> None:
         """Before the first micro-batch of a step: empty sums, or those that were found."""
@@ -138,30 +155,36 @@ class ResumableTrainer(ExactGradientTrainer):
             self._loss_sum = sums["loss"].to(self.args.device)
             self.pass_seconds = self.seconds["pass"]
         if self._state is not None:
-            self._state.step, self._state.identity = self.state.global_step, self._identity
+            self._state.step = self.state.global_step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in ExactGradientTrainer; micro-batches that are in the sums already count as done."""
         self._batch += 1
-        if self._batch <= self._skipped:
-            self._cursor += len(inputs["labels"])
-            return torch.zeros((), device=self.args.device)
-        last = self.accelerator.sync_gradients
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if last:
-            self._in_pass = False
-        if self._state is not None:
-            self._save_if_due(last)
-        return loss
+        if self._batch > self._skipped:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._cursor += len(inputs["labels"])
+        return self.end_micro_batch()
 
-    def _save_if_due(self, last: bool) -> None:
+    def end_micro_batch(self) -> Tensor:
+        """As in ExactGradientTrainer, and before the sums become means they are saved where it is time."""
+        if self._batch > self._skipped and self._state is not None:
+            self._save_if_due()
+        if self.accelerator.sync_gradients:
+            self._in_pass = False
+        return super().end_micro_batch()
+
+    def _save_if_due(self) -> None:
         config = cast(OneStepConfig, self.args)
+        last = self.accelerator.sync_gradients
+        # Several processes have to agree, and to ask for it at every micro-batch would make them wait.
+        if processes.number() > 1 and not config.save_pass_batches and not last and self._batch % AGREED_EVERY:
+            return
         by_number = bool(config.save_pass_batches) and self._batch % cast(int, config.save_pass_batches) == 0
-        since = time.monotonic() - self._saved_at
-        by_time = bool(config.save_pass_minutes) and since >= 60 * config.save_pass_minutes
+        # At its end a pass is saved earlier: the search comes, and it may take long.
+        minutes = config.save_pass_minutes * (LAST_SHARE if last else 1)
+        by_time = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
         asked = processes.objects((by_number or by_time or self._terminated, self._terminated))
-        # After the last one the sums are means; the state before it serves as well.
-        if not last and any(save for save, _ in asked):
+        if any(save for save, _ in asked):
             self._save_pass()
         if any(terminated for _, terminated in asked):
             raise SystemExit(TERMINATED)
@@ -174,27 +197,33 @@ class ResumableTrainer(ExactGradientTrainer):
         state.seconds = {**self.seconds, "pass": self.pass_seconds + time.perf_counter() - self._pass_began}
         # Until the step moves them, the parameters are what they were at its start.
         start = {str(i): parameter for i, parameter in enumerate(self.trainable())}
-        pass_state.save(self._folder, state, start, {**self.one_step.sums(), "loss": self._loss_sum})
+        try:
+            pass_state.save(self._folder, state, start, {**self.one_step.sums(), "loss": self._loss_sum})
+        except OSError as error:
+            warnings.warn(f"The pass goes on, but cannot be saved to {self._folder}: {error}", stacklevel=2)
+            self._state = None
         self._saved_at = time.monotonic()
 
-    @property
-    def _identity(self) -> str:
-        return f"{self._digest}, {self._train_batch_size} rows a micro-batch"
-
-    def _digest_of(self, base: nn.Module, fresh: Iterable[str]) -> str:
+    def _digest_of(self, model: nn.Module, fresh: Sequence[str]) -> str:
         """A hash of what has to be the same for a pass to go on, beside the size of its micro-batches."""
         digest = hashlib.blake2b(digest_size=16)
-        settings = {"version": __version__, "processes": processes.number(), **self.settings_of_the_pass()}
+        settings = {
+            "version": __version__,
+            "processes": processes.number(),
+            "step": self.state.global_step,  # of a Trainer's checkpoint
+            **self.settings_of_the_run(),
+        }
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        for rows in (self.train_dataset, self.held_rows):
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for rows in (self.train_dataset, self.held_rows, *sets.values()):
             for row in listed(rows) if rows is not None else ():
                 digest.update(content_key(row))
             digest.update(b";")
-        restored = {id(parameter) for parameter in self.trainable()} if base is not self.model else set()
-        skipped = tuple(f"{name}." for name in fresh)
-        for name, parameter in base.named_parameters():
-            if id(parameter) not in restored and not name.startswith(skipped):
+        for name, parameter in model.named_parameters():
+            about = f"{name} {tuple(parameter.shape)} {parameter.dtype};"
+            if not any(f".{part}." in f".{name}" for part in fresh):
                 flat = parameter.detach().flatten()
                 sample = flat[:: max(1, len(flat) // SAMPLE)].contiguous().view(torch.uint8)
-                digest.update(name.encode() + sample.cpu().numpy().tobytes())
+                digest.update(sample.cpu().numpy().tobytes())
+            digest.update(about.encode())
         return digest.hexdigest()

@@ -46,11 +46,11 @@ class SavingTrainer(HeadTrainer):
         """Writes a whole folder, over nothing but what this trainer has saved there before."""
         self.check_free(folder)
         self.report = save_whole(folder, lambda staging: self._write(staging, folder))
-        self.saved_to.add(folder)
+        self.saved_to.add(folder.resolve())
 
     def check_free(self, folder: Path) -> None:
         """Raises a ValueError for a folder that holds another run."""
-        if folder not in self.saved_to:
+        if folder.resolve() not in self.saved_to:
             check_free(folder)
 
     def identify(self) -> None:

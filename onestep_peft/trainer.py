@@ -43,7 +43,7 @@ from onestep_peft.step.line_search import affordable
 from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
-from onestep_peft.wrapping import base_of, config_of, labels_of
+from onestep_peft.wrapping import config_of, described, labels_of
 
 
 class OneStepTrainer(SavingTrainer):
@@ -129,6 +129,8 @@ class OneStepTrainer(SavingTrainer):
         self.task, self._template_config = prepared.task, config_of(cast(nn.Module, prepared.model))
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
+        self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]
+        self._metric_names.append(getattr(compute_metrics, "__qualname__", ""))
         if compute_metrics is None:
             compute_metrics = metric_names.function_for(
                 resolved, self.task, labels_of(self._template_config, self.task)
@@ -205,7 +207,7 @@ class OneStepTrainer(SavingTrainer):
         self.optimizer, self._head_done = None, False
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
-        before = Snapshot(self.trainable())
+        self._before: Snapshot | None = None
         began = time.perf_counter()
         try:
             with self.resumable():
@@ -213,7 +215,8 @@ class OneStepTrainer(SavingTrainer):
                     output = super().train(*args, **kwargs)
                 self.measure("after")
         except BaseException:
-            before.restore()
+            if self._before is not None:
+                self._before.restore()
             raise
         finally:
             if self._progress is not None:
@@ -224,11 +227,13 @@ class OneStepTrainer(SavingTrainer):
     def begin_run(self) -> None:
         """Before the first pass: the base's score, the held-out rows, the head and its score."""
         if self._head_done:  # a retry with smaller batches
+            self.count_steps(len(self.one_step.outcomes))
             return
+        self._before = Snapshot(self.trainable())
         self.held_out = self._make_held_out()
         self.check_target()
         self._head_done = True
-        if self.state.global_step > 0 or self.resume_run(base_of(self.bare_model), self.adapted.fresh):
+        if self.resume_run(self.bare_model, self.adapted.fresh) or self.state.global_step > 0:
             return  # the head was fitted before the first step
         self.measure("base")
         if self.fits_head():
@@ -295,12 +300,22 @@ class OneStepTrainer(SavingTrainer):
         """The parameters that a run may change."""
         return [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
 
-    def settings_of_the_pass(self) -> dict[str, Any]:
-        """What the sums of a pass depend on, beside rows and model."""
+    def settings_of_the_run(self) -> dict[str, Any]:
+        """What the update and the report depend on, beside rows and model."""
+        names = (
+            "fit_head", "seed", "bf16", "activation_checkpointing", "damping", "rank", "step_size", "guard",
+            "guard_confidence",
+        )  # fmt: skip
         config = self._config
-        names = ("fit_head", "seed", "bf16", "bf16_full_eval", "gradient_checkpointing")
-        settings = {name: getattr(config, name) for name in names}
-        return {**settings, "method": self._method.name, "task": self.task.name, "directions": self.directions}
+        return {
+            **{name: getattr(config, name, None) for name in names},
+            "method": self._method.name,
+            "task": self.task.name,
+            "directions": self.directions,
+            "adapter": described(self.bare_model),
+            "collator": type(self.data_collator).__qualname__,
+            "metrics": self._metric_names,
+        }
 
     def _show_point(self, direction: str, step_size: float, loss: float) -> None:
         if self._progress is not None:

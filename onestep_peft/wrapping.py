@@ -24,3 +24,11 @@ def config_of(model: nn.Module) -> Any:
 def labels_of(config: Any, task: Task) -> list[str]:
     """Names of a model's classes in the order of their numbers; none where the task has no classes."""
     return [str(config.id2label[i]) for i in range(config.num_labels)] if task.has_classes else []
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """The active adapter's configuration as plain values; empty for a plain model."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.peft_config[str(model.active_adapter)].to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}

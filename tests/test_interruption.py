@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
 
 from onestep_peft import OneStepTrainer
-from tests.conftest import bits, same_bits, tiny_bert, toy_rows, trainer_for
+from onestep_peft.pass_state import FOLDER
+from tests.conftest import bits, same_bits, tiny_bert, toy_rows, trainer_for, updates
 
 ROWS = toy_rows(70, seed=1)
 # Each differs in what a pass has to keep.
@@ -58,7 +59,7 @@ class Counter(TrainerCallback):
 
 
 def trainer(folder: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> OneStepTrainer:
-    model = tiny_bert()
+    model = options.pop("model", None) or tiny_bert(seed=options.pop("weights", 0))
     if options.pop("bf16_weights", False):
         model = model.to(torch.bfloat16)
     torch.manual_seed(7)
@@ -99,7 +100,13 @@ def test_a_resumed_run_makes_the_same_update(kind: str, tmp_path: Path) -> None:
     assert again.report.metrics == whole.report.metrics
     assert again.report.class_recall == whole.report.class_recall
     assert again.state.global_step == whole.state.global_step
-    assert not (tmp_path / "cut" / "pass").exists()
+    assert not (tmp_path / "cut" / FOLDER).exists()
+
+
+def state_of(folder: Path) -> Path:
+    """The folder of the one state that is there."""
+    (file,) = (folder / FOLDER).glob("*/state.json")
+    return file.parent
 
 
 def run_in_a_process(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
@@ -124,9 +131,9 @@ def test_a_killed_process_leaves_no_half_of_a_folder_and_its_pass_goes_on(
 ) -> None:
     ended = run_in_a_process(tmp_path / "killed", how)
     assert ended.returncode == status, ended.stderr
-    assert {path.name for path in (tmp_path / "killed").iterdir()} <= {"pass", "runs"}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} <= {FOLDER, "runs"}
     # SIGTERM saves what there is; SIGKILL leaves what was saved last.
-    state = json.loads((tmp_path / "killed" / "pass" / "state.json").read_text())
+    state = json.loads((state_of(tmp_path / "killed") / "state.json").read_text())
     assert state["batches"] == (6 if how == "SIGTERM" else 4)
     again = run_in_a_process(tmp_path / "killed", "")
     assert again.returncode == 0, again.stderr
@@ -139,43 +146,125 @@ def test_a_killed_process_leaves_no_half_of_a_folder_and_its_pass_goes_on(
 
 def test_nothing_of_this_machine_is_in_a_saved_state(tmp_path: Path) -> None:
     cut(tmp_path / "cut", 5)
-    text = (tmp_path / "cut" / "pass" / "state.json").read_text()
+    text = (state_of(tmp_path / "cut") / "state.json").read_text()
     assert str(tmp_path) not in text
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change",
     [
-        ({"rows": toy_rows(70, seed=2)}, "other rows, another model or other settings"),
-        ({"direction": "sgd"}, "other rows, another model or other settings"),
-        ({"per_device_train_batch_size": 4}, "other rows, another model or other settings"),
+        {"rows": toy_rows(70, seed=2)},
+        {"direction": "sgd"},
+        {"damping": 0.3},
+        {"guard": False},
+        {"per_device_train_batch_size": 4},
+        {"eval_dataset": toy_rows(20, seed=3)},
+        {"metrics": ["f1"]},
+        {"peft_config": LoraConfig(r=8, lora_alpha=64)},
+        {"peft_config": LoraConfig(r=4)},
+        {"method": "full"},
+        {"weights": 1},
     ],
+    ids=str,
 )
-def test_a_state_of_another_run_is_not_taken_up(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_state_of_another_run_is_not_taken_up_and_stays(change: dict[str, Any], tmp_path: Path) -> None:
     cut(tmp_path / "cut", 5)
+    state = state_of(tmp_path / "cut")
     other = trainer(tmp_path / "cut", **change)
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match="other rows, another model or other settings"):
         other.train()
     fresh = trainer(tmp_path / "fresh", **change)
     fresh.train()
     for name, value in bits(fresh.model).items():
         assert same_bits(bits(other.model)[name], value), name
+    # The mistaken run has cost nothing: the first one still goes on.
+    assert state_of(tmp_path / "cut") == state
+    _, passes = resumed(tmp_path / "cut")
+    assert passes == 3
 
 
-def test_a_state_of_another_model_is_not_taken_up(tmp_path: Path) -> None:
+def test_an_adapter_that_has_learnt_something_else_is_not_replaced(tmp_path: Path) -> None:
+    taught = trainer(tmp_path / "first")
+    taught.train()
     cut(tmp_path / "cut", 5)
-    other = trainer_for(
-        tmp_path / "cut", ROWS, model=tiny_bert(seed=1), per_device_train_batch_size=8, search_fraction=0.3
-    )
+    other = trainer(tmp_path / "cut", model=taught.model)
     with pytest.warns(UserWarning, match="another model"):
         other.train()
+
+
+def test_a_run_with_fewer_steps_does_not_go_beyond_them(tmp_path: Path) -> None:
+    cut(tmp_path / "cut", 5 + 6, max_steps=2)
+    shorter = trainer(tmp_path / "cut", max_steps=1)
+    shorter.train()
+    assert len(shorter.report.steps) == shorter.state.global_step == 1
+
+
+def test_files_of_the_users_own_stay(tmp_path: Path) -> None:
+    own = tmp_path / "out" / FOLDER / "mine.safetensors"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    trainer(tmp_path / "out").train()
+    assert own.read_bytes() == b"mine"
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning_and_not_the_run(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FOLDER).write_text("a file in the way")
+    one = trainer(tmp_path / "out")
+    with pytest.warns(UserWarning, match="cannot be saved"):
+        one.train()
+    assert one.report.steps[0]["accepted"]
+
+
+def test_a_pass_that_was_cut_short_at_its_end_only_searches(tmp_path: Path) -> None:
+    class CutInTheSearch(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "cut", callbacks=[CutInTheSearch()], save_pass_batches=7).train()
+    again, passes = resumed(tmp_path / "cut")
+    assert passes == 0
+    assert json.dumps(again.report.steps) == json.dumps(whole.report.steps)
+
+
+def test_sigterm_in_a_run_from_a_checkpoint_saves_its_pass(tmp_path: Path) -> None:
+    trainer(tmp_path / "out", max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+
+    def resume(**options: Any) -> OneStepTrainer:
+        one = trainer(tmp_path / "out", max_steps=2, save_pass_batches=None, **options)
+        one.train(resume_from_checkpoint=checkpoint)
+        return one
+
+    with pytest.raises(SystemExit) as ended:
+        resume(callbacks=[Cut(3, signal.SIGTERM)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    again = resume()
+    assert [entry["resumed_batch"] for entry in again.state.log_history if "resumed_batch" in entry] == [4]
+    whole = trainer(tmp_path / "whole", max_steps=2)
+    whole.train()
+    for name, value in bits(whole.model).items():
+        assert torch.allclose(bits(again.model)[name], value, atol=1e-6), name
+
+
+def test_an_interruption_leaves_the_bits_of_a_model_that_was_made_in_the_run(tmp_path: Path) -> None:
+    one = trainer_for(
+        tmp_path, ROWS, model_init=lambda: tiny_bert(), per_device_train_batch_size=8, search_fraction=0.3, max_steps=2,
+        callbacks=[Cut(5 + 6)], save_pass_minutes=0,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        one.train()
+    assert all(not bool(update.any()) for update in updates(one.model).values())
 
 
 @pytest.mark.parametrize("name", ["sums", "start"])
 @pytest.mark.parametrize("how", ["cut off", "changed", "missing"])
 def test_a_damaged_state_is_not_taken_up(name: str, how: str, tmp_path: Path) -> None:
     cut(tmp_path / "cut", 5)
-    (path,) = (tmp_path / "cut" / "pass").glob(f"{name}-*.safetensors")
+    (path,) = state_of(tmp_path / "cut").glob(f"{name}-*.safetensors")
     content = bytearray(path.read_bytes())
     if how == "missing":
         path.unlink()
@@ -188,13 +277,14 @@ def test_a_damaged_state_is_not_taken_up(name: str, how: str, tmp_path: Path) ->
         trainer(tmp_path / "cut").train()
 
 
-def test_a_state_file_that_cannot_be_read_is_not_taken_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", '{"files": null}', "null"])
+def test_a_state_file_that_cannot_be_read_is_not_taken_up(text: str, tmp_path: Path) -> None:
     cut(tmp_path / "cut", 5)
-    (tmp_path / "cut" / "pass" / "state.json").write_text("{")
+    (state_of(tmp_path / "cut") / "state.json").write_text(text)
     with pytest.warns(UserWarning, match="cannot be read"):
         trainer(tmp_path / "cut").train()
 
 
 def test_a_pass_can_be_left_unsaved(tmp_path: Path) -> None:
     cut(tmp_path / "cut", 5, save_pass_batches=None, save_pass_minutes=0)
-    assert not (tmp_path / "cut" / "pass").exists()
+    assert not (tmp_path / "cut" / FOLDER).exists()

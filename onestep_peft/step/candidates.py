@@ -104,7 +104,8 @@ class Bundle:
         self._rays = rays
         weights = math.sqrt(sum(ray.weight**2 for ray in rays))
         length = math.sqrt(sum(ray.length**2 for ray in rays))
-        self.start = RELATIVE_START * weights / length if length > 0 else RELATIVE_START
+        moved = RELATIVE_START * (weights or 1.0)  # weights that are all zero have no scale of their own
+        self.start = moved / length if length > 0 else moved
 
     def apply(self, step_size: float) -> float:
         """Puts them at this step size; returns the largest share of energy that a layer could not hold."""

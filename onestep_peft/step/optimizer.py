@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -265,7 +266,11 @@ class OneStepOptimizer(torch.optim.Optimizer):
         def end(result: SearchResult) -> tuple[float, float]:
             return result.points[1] if fixed and not self.settings.guard else result.best
 
-        best, result = min(searched, key=lambda pair: end(pair[1])[1])
+        def reached(pair: tuple[Candidate, SearchResult]) -> float:
+            loss = end(pair[1])[1]
+            return loss if math.isfinite(loss) else math.inf
+
+        best, result = min(searched, key=reached)
         step_size, after = end(result)
         points = [(candidate.name, one) for candidate, one in searched]
         if step_size == 0.0:
