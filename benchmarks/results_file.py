@@ -17,10 +17,11 @@ class Results:
 
     Args:
         name: Its name, without the ending.
+        folder: Another folder than `results/`, for runs that only try a script.
     """
 
-    def __init__(self, name: str) -> None:
-        self.path = Path(__file__).parent / "results" / f"{name}.jsonl"
+    def __init__(self, name: str, folder: Path | None = None) -> None:
+        self.path = (folder or Path(__file__).parent / "results") / f"{name}.jsonl"
 
     def rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():

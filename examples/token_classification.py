@@ -37,7 +37,7 @@ trainer.save_model()
 
 model, tokenizer = load(arguments.output_dir)
 find = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")
-request = "I have to get to Vienna from Bratislava on Thursday evening."
+request = "A seat from Bratislava to Vienna on Thursday evening, please."
 print(request)
 for found in find(request):
     print(f"  {found['entity_group']:12}{found['word']}")

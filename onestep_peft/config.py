@@ -36,8 +36,8 @@ class OneStepConfig(TrainingArguments):
         damping: λ of the `kfac` family, in units of each covariance's mean eigenvalue.
         rank: Rank of directions that name none; None for the smaller of 8 and the adapter's r, and for full weights
             the full one.
-        search_budget: The most forwards of single rows that "auto" may spend on the search: it tries as many
-            candidates as fit, and always one. None for 20,000 or twice the work of the pass, whichever is more.
+        search_budget: The most forwards of single rows that "auto" may spend on comparing candidates: it tries as many
+            as fit, and always one. None for 20,000 or twice the work of the pass, whichever is more.
         fit_head: Whether to fit a freshly initialised head first. "auto": whenever there is one, except for the
             plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
@@ -62,7 +62,9 @@ class OneStepConfig(TrainingArguments):
         default=None, metadata={"help": "Stop once metric_for_best_model reaches this on held-out rows."}
     )
     damping: float = field(default=0.1, metadata={"help": "Damping of the kfac family, in mean eigenvalues."})
-    rank: int | None = field(default=None, metadata={"help": "Rank of the direction (default: min(8, adapter's r))."})
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank of directions that name none (8; full weights: full)."}
+    )
     search_budget: int | None = field(
         default=None, metadata={"help": "Forwards of rows that the search of auto may take."}
     )
@@ -146,6 +148,8 @@ class OneStepConfig(TrainingArguments):
         return self.chooses or (self.guard and not self.is_plain)
 
     def _check_direction(self) -> None:
+        if not isinstance(self.direction, str | list | tuple):
+            raise ValueError(f'`direction={self.direction!r}`: give "auto", a name, or a list of names.')
         names = [self.direction] if isinstance(self.direction, str) else list(self.direction)
         for name in names:
             rule, _, rank = str(name).partition(":")
@@ -163,7 +167,7 @@ class OneStepConfig(TrainingArguments):
     def _check_step(self) -> None:
         if self.step_size != "search":
             try:
-                self.step_size = float(self.step_size)
+                self.step_size = float("true" if isinstance(self.step_size, bool) else self.step_size)
             except (TypeError, ValueError):
                 raise ValueError(f'`step_size={self.step_size!r}` is neither "search" nor a number.') from None
             if not 0 < self.step_size < math.inf:

@@ -276,3 +276,14 @@ def test_the_default_adapter_needs_no_peft_config(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, ROWS, **PLAIN)
     config = trainer.model.peft_config["default"]
     assert isinstance(config, LoraConfig) and config.r == 8
+
+
+@pytest.mark.parametrize("direction", [None, 5])
+def test_a_direction_that_is_no_name_is_refused(direction: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`direction=.*give \"auto\", a name, or a list"):
+        trainer_for(tmp_path, toy_rows(40, 1), direction=direction)
+
+
+def test_a_step_size_that_is_a_flag_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`step_size=True` is neither"):
+        trainer_for(tmp_path, toy_rows(40, 1), step_size=True)

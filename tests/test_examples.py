@@ -27,7 +27,7 @@ SCRIPTS = {
     "full_weights": ("encoder", "full", r"(complaint|praise|question|request|cancellation|spam) <- .+"),
     "prompt_tuning": ("encoder", "prompt_tuning", r"(complaint|praise|question|request|cancellation|spam) <- .+"),
     "from_trainer": ("encoder", "lora", r"(complaint|praise|question|request|cancellation|spam) <- .+"),
-    "token_classification": ("encoder", "lora", r"I have to get to Vienna .+|  (origin|destination|when) +\w.*"),
+    "token_classification": ("encoder", "lora", r"A seat from Bratislava .+|  (origin|destination|when) +\w.*"),
     "causal_language_model": ("decoder", "lora", r"after:.*"),
 }
 

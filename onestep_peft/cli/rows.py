@@ -62,7 +62,11 @@ def _json_lines(text: str, source: str) -> list[Row]:
 
 
 def _csv(text: str, source: str) -> list[Row]:
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than the module expects
     reader = csv.DictReader(io.StringIO(text, newline=""))
+    names = reader.fieldnames or []
+    if len(set(names)) < len(names):
+        raise ValueError(f"{source} names a column twice: {list(names)}. Rename one.")
     rows = []
     for row in reader:
         if None in row or None in row.values():
@@ -75,7 +79,8 @@ def _csv(text: str, source: str) -> list[Row]:
 
 
 def _lines(text: str, source: str) -> list[Row]:
-    return [{"text": line} for line in text.splitlines()]
+    # Not `splitlines`: it would cut a text at separators that stand within a line.
+    return [{"text": line.removesuffix("\r")} for line in text.removesuffix("\n").split("\n") if text]
 
 
 READERS = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _csv, ".txt": _lines}

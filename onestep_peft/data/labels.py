@@ -33,7 +33,8 @@ def is_multi_hot(rows: Dataset, column: str) -> bool:
         return False
     values = [row for row in rows[column] if row is not None]
     lengths = {len(row) for row in values}
-    return len(lengths) == 1 and max(lengths) > 1 and all(0 <= value <= 1 for row in values for value in row)
+    known = (value for row in values for value in row if value is not None)
+    return len(lengths) == 1 and max(lengths) > 1 and all(0 <= value <= 1 for value in known)
 
 
 def number(value: Any) -> Any:

@@ -128,5 +128,4 @@ def tokens_fault(labels: Any, tokens: int, classes: int, what: str) -> str | Non
         return f"`labels` is {labels!r}; {what} takes one label a token, -100 where there is none."
     if len(labels) != tokens:
         return f"{len(labels)} labels for {tokens} tokens. Give one a token, -100 where there is none."
-    bad = next((label for label in labels if int(label) != UNLABELLED and not 0 <= int(label) < classes), None)
-    return class_fault(int(bad), classes) if bad is not None else None
+    return next((fault for label in labels if (fault := class_fault(label, classes)) is not None), None)

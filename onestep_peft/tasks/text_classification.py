@@ -75,8 +75,8 @@ def _multi_label_fault(label: Any, _tokens: int, classes: int) -> str | None:
         return f"label {label!r} is no list. Multi-label rows have {classes} numbers, 1 for a class that applies."
     if len(label) != classes:
         return f"{len(label)} labels for {classes} classes. Give one number a class, 1 where it applies, else 0."
-    bad = next((one for one in label if not (one == UNLABELLED or 0 <= one <= 1)), None)
-    return None if bad is None else f"label {bad} is not between 0 and 1. Give 1 where the class applies, else 0."
+    bad = [one for one in label if not (isinstance(one, numbers.Real) and (one == UNLABELLED or 0 <= float(one) <= 1))]
+    return f"label {bad[0]!r} is not between 0 and 1. Give 1 where the class applies, else 0." if bad else None
 
 
 MULTI_LABEL_CLASSIFICATION = Task(

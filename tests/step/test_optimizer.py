@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from onestep_peft.step.candidates import Candidate, ParameterRay
 from onestep_peft.step.layers import Layer, LowRank
 from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
 from onestep_peft.step.statistics import observed
@@ -320,3 +321,29 @@ def test_a_second_step_adds_to_the_first() -> None:
     first, second = optimizer.outcomes
     assert second.loss_before == pytest.approx(first.loss_after, rel=1e-6)
     assert second.accepted and second.loss_after < first.loss_after
+
+
+def test_of_fixed_steps_one_that_ends_in_nan_is_not_chosen() -> None:
+    x, y = data()
+    model = net()
+    layers = [dense_layer("0", model[0])]
+    with observed(layers) as statistics:
+        optimizer = OneStepOptimizer(
+            model.parameters(), settings(directions=("sgd", "sign"), step_size=1e-3, guard=False), layers=layers,
+            statistics=statistics, held_out_losses=lambda: next(losses),
+        )  # fmt: skip
+        one_pass(optimizer, model, x, y, (ROWS,))
+        losses = iter([torch.ones(4), torch.full((4,), float("nan")), torch.full((4,), 0.5)])
+        optimizer.step()
+    (outcome,) = optimizer.outcomes
+    assert (outcome.direction, outcome.accepted) == ("sign", True)
+
+
+def test_parts_whose_weights_are_all_zero_are_searched_too() -> None:
+    zero, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    rays = {
+        part: [ParameterRay(parameter, parameter.detach().clone(), torch.ones_like(parameter), lambda tensor: tensor)]
+        for part, parameter in (("weights", zero), ("embeddings", other))
+    }
+    candidate = Candidate("sgd", rays)
+    assert all(part.start > 0 for part in candidate.parts.values())
