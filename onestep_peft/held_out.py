@@ -104,6 +104,8 @@ class _Padded(TorchDataset):
         return self._length
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < self._length:
+            raise IndexError(i)  # what ends an iteration
         if i < len(self._rows):
             return self._rows[i]
         row = dict(self._rows[len(self._rows) - 1])

@@ -14,8 +14,10 @@ from transformers import BloomConfig, BloomForCausalLM, RobertaConfig, RobertaFo
 
 from onestep_peft import OneStepTrainer
 from onestep_peft.evaluation import evaluate
+from onestep_peft.held_out import padded
 from onestep_peft.lengths import NO_LIMIT, longest_input, positions_of
 from onestep_peft.prediction import predict
+from onestep_peft.step import processes
 from tests.conftest import SMALL, config_for, tiny_bert, tokenised, word_tokenizer
 from tests.tasks.small import tiny_causal_llama, tiny_gpt2
 
@@ -103,3 +105,11 @@ def test_a_prompt_that_leaves_rows_no_room_is_refused(tmp_path: Path) -> None:
             model=tiny_roberta(), args=config_for(tmp_path, search_fraction=0.5), train_dataset=long_rows(),
             processing_class=word_tokenizer(), peft_config=PromptTuningConfig(num_virtual_tokens=61),
         )  # fmt: skip
+
+
+def test_rows_that_are_filled_up_end_where_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "number", lambda: 2)
+    rows = padded([{"input_ids": [1], "labels": 0}] * 5, batch_size=4)
+    found = list(rows)  # an endless iteration would never come back
+    assert len(found) == len(rows) == 8
+    assert [row["labels"] for row in found] == [0] * 5 + [-100] * 3
