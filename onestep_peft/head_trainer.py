@@ -116,3 +116,5 @@ class HeadTrainer(SharingTrainer):
             yield batch
             if self._progress is not None:
                 self._progress.advance()
+        if self._progress is not None:
+            self._progress.close()
