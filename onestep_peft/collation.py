@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from onestep_peft.held_out import listed
 from onestep_peft.tasks import Task
 
 
@@ -30,14 +31,16 @@ def collator_for(task: Task, tokenizer: Any, prompted: bool) -> Callable[..., An
     return DataCollatorForTokenClassification(right) if task.by_token else DataCollatorWithPadding(right)
 
 
-def check_lengths(rows: Sequence[Any], task: Task, collator: Any, tokenizer: Any) -> None:
+def check_lengths(rows: Any, task: Task, collator: Any, tokenizer: Any) -> None:
     """Refuses rows of different lengths that nothing can pad.
 
     Raises:
         ValueError: Neither a tokenizer nor a collator, and a token task with rows of different lengths.
     """
-    lengths = {len(row["input_ids"]) for row in rows} if collator is None and tokenizer is None else set()
-    if task.by_token and len(lengths) > 1:
+    if not task.by_token or collator is not None or tokenizer is not None:
+        return
+    lengths = {len(row["input_ids"]) for row in listed(rows)}
+    if len(lengths) > 1:
         raise ValueError(
             f"Rows of {min(lengths)} to {max(lengths)} tokens must be padded, and nothing here can do it. Pass the "
             "model's tokenizer as `processing_class=`, or a `data_collator=`."

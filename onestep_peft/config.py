@@ -167,7 +167,9 @@ class OneStepConfig(TrainingArguments):
     def _check_step(self) -> None:
         if self.step_size != "search":
             try:
-                self.step_size = float("true" if isinstance(self.step_size, bool) else self.step_size)
+                if isinstance(self.step_size, bool):
+                    raise TypeError
+                self.step_size = float(self.step_size)
             except (TypeError, ValueError):
                 raise ValueError(f'`step_size={self.step_size!r}` is neither "search" nor a number.') from None
             if not 0 < self.step_size < math.inf:

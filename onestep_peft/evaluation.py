@@ -11,7 +11,6 @@ from onestep_peft import data
 from onestep_peft import metrics as metric_names
 from onestep_peft.collation import check_lengths, collator_for
 from onestep_peft.config import OneStepConfig
-from onestep_peft.held_out import listed
 from onestep_peft.lengths import positions_of
 from onestep_peft.methods import prompt_tuning
 from onestep_peft.rows import Tokeniser, as_rows, is_raw
@@ -97,5 +96,5 @@ def evaluate(
     )  # fmt: skip
     evaluator = Evaluator(model, tokenizer, tokenise, metrics, **options)
     rows = tokenise("rows", rows)
-    check_lengths(listed(rows), task, evaluator.data_collator, tokenizer)
+    check_lengths(rows, task, evaluator.data_collator, tokenizer)
     return evaluator.evaluation(rows)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from onestep_peft.bases import pinned
 from onestep_peft.hub import probe
-from onestep_peft.hub.load import fetch, load_with_report
+from onestep_peft.hub.load import base_named, fetch, load_with_report
 from onestep_peft.methods import full, lora
 from onestep_peft.report import PICTURE, StepReport
 from onestep_peft.saving import portable, read_whole, save_model_files, save_whole
@@ -149,7 +149,7 @@ def _base(report: StepReport, source: Path, base_model: str | None, out: Path) -
     """The base's name in the merged model's report, and its commit."""
     if report.base_revision is not None:
         return report.base_model, report.base_revision
-    base = base_model or str((source / report.base_model).resolve())
+    base = base_model or base_named(report, source)
     return portable(base, out.resolve()), pinned(base)
 
 

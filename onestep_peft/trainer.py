@@ -139,7 +139,7 @@ class OneStepTrainer(SavingTrainer):
                 preprocess_logits_for_metrics = self.predicted
                 config.batch_eval_metrics = True
         data_collator = data_collator or collator_for(self.task, tokenizer, self._method is prompt_tuning)
-        check_lengths(listed(prepared.sets.train), self.task, data_collator, tokenizer)
+        check_lengths(prepared.sets.train, self.task, data_collator, tokenizer)
         self.report = StepReport()
         self.saved_to: set[Path] = set()
         super().__init__(

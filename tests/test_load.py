@@ -13,48 +13,22 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import (
-    AutoModel,
-    BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    LlamaConfig,
-    ModernBertConfig,
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from onestep_peft import OneStepTrainer, load
-from tests.conftest import CLS, PAD, SEP, SMALL, config_for, toy_rows, word_tokenizer
+from tests.architectures.models import CONFIGS, save_base
+from tests.conftest import config_for, toy_rows, word_tokenizer
 from tests.hub_server import HubServer
 
 LABELS = ["ant", "bee"]
 
 
 def configurations() -> dict[str, PreTrainedConfig]:
-    small = {**SMALL, "pad_token_id": PAD}
-    special = {"cls_token_id": CLS, "bos_token_id": CLS, "sep_token_id": SEP, "eos_token_id": SEP}
-    relative = {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]}
-    return {
-        "bert": BertConfig(**small),
-        "distilbert": DistilBertConfig(
-            vocab_size=SMALL["vocab_size"], dim=32, n_layers=2, n_heads=4, hidden_dim=64, pad_token_id=PAD
-        ),
-        "deberta-v2": DebertaV2Config(**small, **relative, position_biased_input=False, type_vocab_size=0),
-        "modernbert": ModernBertConfig(**small, **special),
-        "llama": LlamaConfig(**small, num_key_value_heads=2, bos_token_id=CLS, eos_token_id=SEP),
-    }
+    return {name: CONFIGS[name] for name in ("bert", "distilbert", "deberta-v2", "modernbert", "llama")}
 
 
 def named_rows(number: int, seed: int) -> list[dict[str, Any]]:
     return [{**row, "label": LABELS[row["label"]]} for row in toy_rows(number, seed)]
-
-
-def save_base(folder: Path, config: PreTrainedConfig) -> Path:
-    """A backbone without a head, and its tokenizer, as encoders stand on the Hub."""
-    torch.manual_seed(0)
-    AutoModel.from_config(config).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def saved_run(folder: Path, base: Path) -> tuple[OneStepTrainer, Path]:

@@ -58,7 +58,7 @@ def load_with_report(
 
 def _whole_model(folder: Path, report: StepReport) -> tuple[PreTrainedModel, str]:
     """A model whose own weights were moved, and where its base was."""
-    return _load(str(folder), report), _base(report, folder)
+    return _load(str(folder), report), base_named(report, folder)
 
 
 def _load(base: str, report: StepReport, revision: str | None = None) -> PreTrainedModel:
@@ -68,7 +68,7 @@ def _load(base: str, report: StepReport, revision: str | None = None) -> PreTrai
 
 def _adapted(folder: Path, report: StepReport, base_model: str | None) -> tuple[PeftModel, str]:
     """The base with the adapter on it, and where the base is."""
-    base = base_model or _base(report, folder)
+    base = base_model or base_named(report, folder)
     if not base:
         raise ValueError(
             f"{str(folder)!r} does not say what its base is: it was built from a configuration. Save the base in a "
@@ -107,7 +107,7 @@ def fetch(folder_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
         ) from error
 
 
-def _base(report: StepReport, folder: Path) -> str:
+def base_named(report: StepReport, folder: Path) -> str:
     """The base as the report names it: a folder is relative to the adapter's own."""
     beside = (folder / report.base_model).resolve()
     return str(beside) if beside.is_dir() and report.base_revision is None and report.base_model else report.base_model

@@ -76,12 +76,6 @@ def layers(model: PreTrainedModel, left_out: str | None = None) -> list[Layer]:
     return found
 
 
-def unmoved(model: PreTrainedModel, moved: Sequence[Layer]) -> list[str]:
-    """Names of trainable parameters that no direction for layers moves."""
-    taken = {layer.parameter() for layer in moved if layer.parameter is not None}
-    return [path for path, parameter in model.named_parameters() if parameter.requires_grad and parameter not in taken]
-
-
 def _users(model: nn.Module) -> dict[Tensor, list[nn.Module]]:
     """By weight, the embeddings that look it up: T5 has one table behind several modules."""
     users: dict[Tensor, list[nn.Module]] = {}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from onestep_peft.errors import nearest
 from onestep_peft.methods.linear import linear_names
+from onestep_peft.methods.saved import modules_to_save
 from onestep_peft.step.layers import Layer, LowRank
 
 name = "lora"
@@ -24,8 +25,6 @@ rank: int | None = 8
 # Inits that leave the base weights alone and need no data. The others change the base, so that the adapter would
 # not load onto the original one.
 SAFE_INITS: tuple[Any, ...] = (True, False, "gaussian", "orthogonal")
-# PEFT itself adds these to `modules_to_save` of a sequence classifier.
-SAVED_BY_PEFT = {"classifier", "score"}
 # Options that make a layer more than W + scaling · B · A.
 VARIANTS = (
     "use_dora",
@@ -99,7 +98,7 @@ def wrap(
         config.target_modules = linears
     if config.task_type is None:
         config.task_type = task_type
-    config.modules_to_save = sorted({*(config.modules_to_save or ()), *head} - SAVED_BY_PEFT) or None
+    config.modules_to_save = modules_to_save(config, head)
     targets = config.target_modules
     try:
         wrapped = get_peft_model(model, config, revision=config.revision or revision)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from onestep_peft.lengths import check_virtual_tokens, positions_of
-from onestep_peft.methods.lora import SAVED_BY_PEFT
+from onestep_peft.methods.saved import modules_to_save
 from onestep_peft.step.layers import Prompt
 from onestep_peft.tasks import logits_for
 
@@ -68,7 +68,7 @@ def wrap(
     config.num_layers = config.num_layers or getattr(model.config, "num_hidden_layers", 1)
     config.num_attention_heads = config.num_attention_heads or getattr(model.config, "num_attention_heads", 1)
     config.task_type = config.task_type or task_type
-    config.modules_to_save = sorted({*(config.modules_to_save or ()), *head} - SAVED_BY_PEFT) or None
+    config.modules_to_save = modules_to_save(config, head)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config.revision = config.revision or revision
     wrapped = get_peft_model(model, config, revision=config.revision)

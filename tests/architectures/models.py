@@ -46,9 +46,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 
 
-def save_base(folder: Path, name: str) -> Path:
-    """A base and its tokenizer in a folder, as they stand on the Hub."""
+def save_base(folder: Path, config: PreTrainedConfig) -> Path:
+    """A backbone without a head, and its tokenizer, as encoders stand on the Hub."""
     torch.manual_seed(0)
-    AutoModel.from_config(CONFIGS[name]).save_pretrained(folder)
+    AutoModel.from_config(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder

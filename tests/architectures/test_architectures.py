@@ -38,7 +38,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: save_base(tmp_path_factory.mktemp(name) / "base", name) for name in CONFIGS}
+    return {name: save_base(tmp_path_factory.mktemp(name) / "base", config) for name, config in CONFIGS.items()}
 
 
 def learnable(number: int, seed: int, method: str) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ import pytest
 from datasets import Dataset
 
 from onestep_peft.cli import main
-from tests.test_load import configurations, named_rows, save_base
+from tests.architectures.models import save_base
+from tests.test_load import configurations, named_rows
 
 QUIET = ["--use-cpu", "true", "--disable-tqdm", "true"]
 FIXED = ["--direction", "kfac", "--step-size", "0.001"]

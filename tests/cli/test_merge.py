@@ -16,8 +16,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from onestep_peft import load, merging
 from onestep_peft.saving import read_whole
+from tests.architectures.models import save_base
 from tests.cli.conftest import FIXED, QUIET, main, shell
-from tests.test_load import LABELS, configurations, named_rows, save_base
+from tests.test_load import LABELS, configurations, named_rows
 
 
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:

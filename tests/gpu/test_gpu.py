@@ -17,10 +17,11 @@ from onestep_peft import OneStepTrainer, load
 from onestep_peft.step import snapshot
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.tasks import logits_for
+from tests.architectures.models import save_base
 from tests.conftest import assert_same_bits, bits, relative_difference, tiny_bert, toy_rows, trainer_for, word_tokenizer
 from tests.gpu.device import CPU, device, environment_of_all_gpus, needs_device, number_of_gpus
 from tests.processes.test_processes import launch
-from tests.test_load import configurations, named_rows, save_base
+from tests.test_load import configurations, named_rows
 
 pytestmark = needs_device
 

@@ -13,9 +13,10 @@ import pytest
 
 from onestep_peft.report import StepReport
 from onestep_peft.saving import save_whole
+from tests.architectures.models import save_base
 from tests.hub.client import Client
 from tests.hub_server import HubServer
-from tests.test_load import configurations, fresh_process, named_rows, save_base
+from tests.test_load import configurations, fresh_process, named_rows
 
 Profile = Literal["lfs", "xet"]
 
