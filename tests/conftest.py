@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from onestep_peft import OneStepConfig, OneStepTrainer
+from onestep_peft.step.layers import Layer
 
 PAD, UNK, CLS, SEP = range(4)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -157,6 +158,12 @@ def updates(model: nn.Module) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if hasattr(module, "lora_A") and len(module.lora_A)
     }
+
+
+def unmoved(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """Names of the trainable parameters that no layer moves."""
+    moved = {layer.parameter() for layer in layers if layer.parameter is not None}
+    return [name for name, p in model.named_parameters() if p.requires_grad and p not in moved]
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

@@ -12,13 +12,12 @@ from peft import LoraConfig
 from torch import nn
 
 from onestep_peft import OneStepTrainer
-from onestep_peft.methods import full
 from onestep_peft.plan import Group, _kind
 from onestep_peft.step.layers import Layer
 from onestep_peft.step.line_search import EVALUATIONS
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import Statistics
-from tests.conftest import bits, config_for, tokenised, toy_rows, trainer_for
+from tests.conftest import bits, config_for, tokenised, toy_rows, trainer_for, unmoved
 from tests.tasks.test_run import KINDS, eos_tokenizer
 
 
@@ -133,7 +132,7 @@ def test_full_weights_that_stay_are_named(tmp_path: Path) -> None:
     trainer = planned(tmp_path, method="full")
     plan, layers = trainer.plan(), [layer for layer in trainer.layers() if isinstance(layer, Layer)]
     fitted = {"classifier.weight", "classifier.bias"}
-    assert set(plan.unmoved) == set(full.unmoved(trainer.model, layers)) - fitted
+    assert set(plan.unmoved) == set(unmoved(trainer.model, layers)) - fitted
     assert "position_embeddings" in plan.text() and plan.fitted == 2 * 32 + 2
 
 
