@@ -20,7 +20,7 @@ AUTO = "auto"
 KNOWN_DIRECTIONS = (AUTO, *PARAMETER_DIRECTIONS, *DIRECTIONS, NATURAL)
 
 
-@dataclass
+@dataclass(repr=False)  # the one that dataclasses make would show the token, which that of TrainingArguments leaves out
 class OneStepConfig(TrainingArguments):
     """Trainer's arguments, with a single step's defaults and a few fields of its own.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from onestep_peft.cli import evaluate, merge, predict, push, train
-from onestep_peft.errors import PushError, nearest
+from onestep_peft.errors import PushError, nearest, without_secrets
 from onestep_peft.version import __version__
 
 USAGE = """usage: onestep COMMAND ...
@@ -76,5 +76,5 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, status: int, kind: str = "error: ") -> int:
-    print(f"onestep: {kind}{message}", file=sys.stderr)
+    print(f"onestep: {kind}{without_secrets(message)}", file=sys.stderr)
     return status

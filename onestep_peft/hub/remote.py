@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from onestep_peft.errors import PushError
+from onestep_peft.errors import PushError, without_secrets
 
 logger = logging.getLogger("onestep_peft")
 T = TypeVar("T")
@@ -118,7 +118,7 @@ def reason(error: BaseException) -> str:
     """The error in one line, without the request's address book of links."""
     code = status(error)
     said: Any = getattr(error, "server_message", None)
-    text = " ".join(str(said or error).split())[:300]
+    text = without_secrets(" ".join(str(said or error).split()))[:300]
     return f"HTTP {code}: {text}" if code is not None and said else f"{type(error).__name__}: {text}"
 
 
