@@ -193,10 +193,12 @@ def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int 
             raise ValueError("The model's adapter is frozen. Load it with `is_trainable=True`.")
         config = model.peft_config[str(model.active_adapter)]
         method.validate(config)
+        _check_task(config, task)
         fresh = head.fresh_copies(base) if task.has_head and _is_untrained(model, method) else []
         return Adapted(model, method, task, fresh, head.last_layer(base, fresh, classes), config.revision)
     if peft_config is None:
         peft_config = method.default()
+    _check_task(peft_config, task)
     fresh = head.fresh_modules(model) if task.has_head else []
     last = head.last_layer(model, fresh, classes)
     # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
@@ -204,6 +206,14 @@ def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int 
     revision = getattr(config, "revision", None) or pinned(base.config.name_or_path)
     wrapped = method.wrap(base, config, fresh, revision, task.peft_task_type)
     return Adapted(wrapped, method, task, fresh, last, revision)
+
+
+def _check_task(config: Any, task: Task) -> None:
+    if getattr(config, "task_type", None) not in (None, task.peft_task_type):
+        raise ValueError(
+            f"`task_type={config.task_type!s}` in the adapter's configuration, but the model is for {task.name}, which "
+            f"PEFT calls {task.peft_task_type}. Leave `task_type` out."
+        )
 
 
 def _is_untrained(model: PeftModel, method: Method) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,21 +26,14 @@ rank: int | None = 8
 # Inits that leave the base weights alone and need no data. The others change the base, so that the adapter would
 # not load onto the original one.
 SAFE_INITS: tuple[Any, ...] = (True, False, "gaussian", "orthogonal")
-# Options that make a layer more than W + scaling · B · A.
-VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-)
+# All that a plain product W + scaling · B · A is described by. PEFT's other options make more of a layer, or of reading
+# the adapter (it imports the module that one of them names), so they must be as PEFT leaves them.
+PLAIN = {
+    *(f.name for f in dataclasses.fields(PeftConfig)),
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "ensure_weight_tying", "qalora_group_size", "runtime_config",
+}  # fmt: skip
 
 
 def default() -> LoraConfig:
@@ -49,17 +43,19 @@ def default() -> LoraConfig:
 
 def validate(config: LoraConfig) -> None:
     """Refuses adapter configurations whose update one step cannot write without touching the base."""
-    for option in VARIANTS:
-        if getattr(config, option, None):
-            raise ValueError(
-                f"`{option}={getattr(config, option)!r}` in the LoraConfig is not a plain product of two matrices "
-                f"added to a linear layer, so a step cannot be written to it exactly. Leave `{option}` out."
-            )
     if config.init_lora_weights not in SAFE_INITS:
         raise ValueError(
             f"`init_lora_weights={config.init_lora_weights!r}` changes the base weights or needs data of its own, so "
             "the adapter would not load onto the original base. Leave it out: one step finds its own directions."
         )
+    usual = LoraConfig()
+    for option in sorted({f.name for f in dataclasses.fields(config)} - PLAIN):
+        value = getattr(config, option)
+        if value and value != getattr(usual, option):
+            raise ValueError(
+                f"`{option}={value!r}` in the LoraConfig is not a plain product of two matrices added to a linear "
+                f"layer, so a step cannot be written to it exactly. Leave `{option}` out."
+            )
     if config.inference_mode:
         raise ValueError("`inference_mode=True` in the LoraConfig freezes the adapter. Leave it out.")
     if config.bias != "none":
@@ -76,6 +72,8 @@ def validate(config: LoraConfig) -> None:
             raise ValueError(
                 f"`{option}=0` scales the adapter by zero, so no step could have an effect. Try {config.r}."
             )
+        if not math.isfinite(alpha):
+            raise ValueError(f"`{option}={alpha}` is no number to scale the adapter by. Try {config.r}.")
 
 
 def wrap(

@@ -247,3 +247,10 @@ def test_a_base_saved_and_loaded_gets_its_head_saved_whole(tmp_path: Path) -> No
     trainer = trainer_for(tmp_path / "out", toy_rows(60, 1, classes=3), model=model, processing_class=word_tokenizer())
     assert "classifier" in trainer.model.peft_config["default"].modules_to_save
     assert trainer.model.peft_config["default"].task_type == "SEQ_CLS"
+
+
+def test_an_adapter_for_another_task_is_refused(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["query"], task_type="CAUSAL_LM")
+    for model, given in ((tiny_bert(), config), (PeftModel(tiny_bert(), config), None)):
+        with pytest.raises(ValueError, match=r"`task_type=CAUSAL_LM`.*SEQ_CLS.*Leave `task_type` out"):
+            trainer_for(tmp_path, toy_rows(60, 1), model=model, peft_config=given)
