@@ -52,6 +52,7 @@ def merge(
     revision: str | None = None,
     base_model: str | None = None,
     float32: bool = False,
+    allow_pickle: bool = False,
 ) -> MergeResult:
     """Adds a LoRA's update to its base's weights and saves the sum as a plain model, with tokenizer and report.
 
@@ -64,6 +65,7 @@ def merge(
         revision: Branch, tag or commit of the repository.
         base_model: The base where it is no longer where the folder says: a Hub id or a folder.
         float32: Whether to widen weights of 16 bits first, so that the sum is not rounded to them.
+        allow_pickle: As in `load`. What is saved is no pickle.
 
     Raises:
         ValueError: No LoRA, a base that is not the one it was made on, a taken `out`, or a merged model that gives
@@ -73,7 +75,7 @@ def merge(
     _check_absent(target)
     source = fetch(folder_or_repo, revision)
     _check_method(read_whole(source), source)
-    model, tokenizer, report = load_with_report(source, base_model=base_model)
+    model, tokenizer, report = load_with_report(source, base_model=base_model, allow_pickle=allow_pickle)
     _check_base(model, source)
     if float32:
         model.float()
@@ -86,7 +88,7 @@ def merge(
         _record(model, tokenizer, source, staging, wide)
         save_model_files(cast(Any, model).merge_and_unload(safe_merge=True), staging)
         tokenizer.save_pretrained(staging)
-        if (source / PICTURE).is_file():
+        if PICTURE in report.files:
             shutil.copyfile(source / PICTURE, staging / PICTURE)
         return replace(report, method=full.name, merged_from=lora.name, base_model=base, base_revision=commit)
 

@@ -88,12 +88,31 @@ class StepReport:
         try:
             data = json.loads(text)
             version = data.pop("version")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{FILE} is not a report of onestep_peft ({error}).") from error
         if version != VERSION:
             raise ValueError(f"{FILE} has version {version!r}, and this release reads {VERSION}. Upgrade onestep-peft.")
         names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in names})
+        report = cls(**{name: value for name, value in data.items() if name in names})
+        fault = report._fault()
+        if fault is not None:
+            raise ValueError(f"{FILE} is not a report of onestep_peft: {fault}.")
+        return report
+
+    def _fault(self) -> str | None:
+        """What is wrong with the kinds of the values, for whoever has read them from a file."""
+        blank = StepReport()
+        for name in (f.name for f in dataclasses.fields(self)):
+            value, kind = getattr(self, name), type(getattr(blank, name))
+            if not (isinstance(value, str | None) if kind is type(None) else type(value) is kind):
+                return f"`{name}` is {type(value).__name__}"
+        if not all(isinstance(label, str) for label in self.labels):
+            return "`labels` holds more than names"
+        if not all(isinstance(digest, str) for digest in self.files.values()):
+            return "`files` holds more than checksums"
+        if self.outputs < 0:
+            return f"`outputs` is {self.outputs}"
+        return None
 
     def table(self) -> str:
         """The metrics at each stage, as text."""

@@ -10,14 +10,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TextIO
 
 from peft import PeftModel
 
+from onestep_peft.file_names import check_names
 from onestep_peft.report import FILE, StepReport
 
 CARD = "README.md"
+# Bytes of the largest JSON file that is read: half a million classes, or a thousand steps.
+TEXT_MAX = 16 << 20
 # Where configurations name the base (the tokenizer is the one that a prompt's first words were read with).
 BASES = ("base_model_name_or_path", "_name_or_path", "tokenizer_name_or_path")
 
@@ -131,22 +134,32 @@ def _umask() -> int:
     return mask
 
 
-def read_whole(folder: Path) -> StepReport:
-    """The report of a folder whose files all have the checksums that it names.
+def read_report(folder: Path) -> StepReport:
+    """The report of a saved folder, whose files may be anything.
 
     Raises:
-        ValueError: No report, a missing file, or one whose bytes are not those that were saved.
+        ValueError: There is none, it is no report, or it names files that are not its own.
     """
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} holds no {FILE}: it was not saved by onestep_peft, or not to the end.")
-    report = StepReport.from_json(path.read_text(encoding="utf-8"))
+    report = StepReport.from_json(read_text(path))
+    check_names(folder, report.files)
+    return report
+
+
+def read_whole(folder: Path) -> StepReport:
+    """The report of a folder whose files all have the checksums that it names.
+
+    Raises:
+        ValueError: No report, a file that is no file of the folder's own, a missing one, or one whose bytes are not
+            those that were saved.
+    """
+    report = read_report(folder)
     for name, digest in report.files.items():
         if name == CARD:  # people edit a card on the Hub's pages, and nothing is loaded from it
             continue
         file = folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{FILE} names {name!r}, outside its folder. Do not use this folder.")
         if not file.is_file():
             raise ValueError(f"{str(folder)!r} is not whole: {name} is missing. Save or download it again.")
         if sha256(file) != digest:
@@ -154,3 +167,20 @@ def read_whole(folder: Path) -> StepReport:
                 f"{str(folder)!r} is not whole: {name} has changed since it was saved. Save or download it again."
             )
     return report
+
+
+def read_text(path: Path) -> str:
+    """A saved JSON file's text.
+
+    Raises:
+        ValueError: It is larger than any such file, or no text.
+    """
+    if path.stat().st_size > TEXT_MAX:
+        raise ValueError(
+            f"{path.name} has {path.stat().st_size:,} bytes; none that was saved has more than {TEXT_MAX:,}. Do not "
+            "use this folder."
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no text in UTF-8 ({error.reason}). Save or download it again.") from error

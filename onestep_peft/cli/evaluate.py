@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onestep_peft import data
-from onestep_peft.cli.parsing import Parser, be_quiet, parse, require
+from onestep_peft.cli.parsing import ALLOW_PICKLE, Parser, be_quiet, parse, require
 from onestep_peft.cli.splits import to_score
 from onestep_peft.evaluation import Evaluation, evaluate
 from onestep_peft.hub.load import load
@@ -49,6 +49,7 @@ def _parser() -> Parser:
     parser.add_argument("--use-cpu", "--use_cpu", action="store_true", help="Leave an accelerator alone.")
     parser.add_argument("--revision", help="Branch, tag or commit of a repository.")
     parser.add_argument("--base-model", "--base_model", help="The base, where it has moved.")
+    parser.add_argument("--allow-pickle", "--allow_pickle", action="store_true", help=ALLOW_PICKLE)
     parser.required.append("dataset")
     return parser
 
@@ -67,7 +68,9 @@ def run(arguments: list[str]) -> None:
     splits = data.read(given["dataset"], given["dataset_config"])
     split = to_score(splits, given["split"], given["label_column"])
     rows = splits[split]
-    model, tokenizer = load(given["folder"], given["revision"], base_model=given["base_model"])
+    model, tokenizer = load(
+        given["folder"], given["revision"], base_model=given["base_model"], allow_pickle=given["allow_pickle"]
+    )
     found = evaluate(
         model,
         tokenizer,

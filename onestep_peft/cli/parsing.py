@@ -17,6 +17,7 @@ from onestep_peft.errors import nearest
 
 HELP_COLUMN = 34
 WIDTH = 110
+ALLOW_PICKLE = "Read the base's weights even from a pickle (pytorch_model.bin)."
 METAVARS: dict[Any, str] = {int: "N", float: "X", string_to_bool: "true|false"}
 
 

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from tqdm.auto import tqdm
 
 from onestep_peft.cli import rows as inputs
-from onestep_peft.cli.parsing import Parser, be_quiet, parse, require
+from onestep_peft.cli.parsing import ALLOW_PICKLE, Parser, be_quiet, parse, require
 from onestep_peft.hub.load import load
 from onestep_peft.prediction import Record, check_texts, predict
 from onestep_peft.saving import check_file, whole_file
@@ -50,6 +50,7 @@ def _parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--revision", help="Branch, tag or commit of a repository.")
     parser.add_argument("--base-model", "--base_model", help="The base, where it has moved.")
+    parser.add_argument("--allow-pickle", "--allow_pickle", action="store_true", help=ALLOW_PICKLE)
     return parser
 
 
@@ -68,7 +69,9 @@ def run(arguments: list[str]) -> None:
         check_file(output, source)
     be_quiet()
 
-    model, tokenizer = load(given["folder"], given["revision"], base_model=given["base_model"])
+    model, tokenizer = load(
+        given["folder"], given["revision"], base_model=given["base_model"], allow_pickle=given["allow_pickle"]
+    )
     check_texts(task_of(model), texts)
     options = {name: given[name] for name in ("batch_size", "max_length", "max_new_tokens")}
     records = predict(model, tokenizer, texts, **options)

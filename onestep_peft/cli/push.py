@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onestep_peft.cli.parsing import Parser, be_quiet, parse, require
+from onestep_peft.cli.parsing import ALLOW_PICKLE, Parser, be_quiet, parse, require
 from onestep_peft.hub import push as hub
 
 ABOUT = """Shares a folder that `onestep train` wrote on the Hugging Face Hub, in one commit and with a model card.
@@ -21,6 +21,7 @@ def _parser() -> Parser:
     parser.add_argument("--create-pr", "--create_pr", action="store_true", help="Propose it as a pull request.")
     parser.add_argument("--tag", help="A tag for the commit.")
     parser.add_argument("--base-model", "--base_model", help="Hub id of a base that was a folder here.")
+    parser.add_argument("--allow-pickle", "--allow_pickle", action="store_true", help=ALLOW_PICKLE)
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="Check everything, send nothing.")
     return parser
 

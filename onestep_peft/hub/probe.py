@@ -1,7 +1,7 @@
 """What a model answers to a few inputs, kept with it, so that any later process can tell whether it is the same model.
 
-`python -m onestep_peft.hub.probe FOLDER [float64]` loads a saved folder and prints, as JSON, how far its answers are
-off.
+`python -m onestep_peft.hub.probe FOLDER [float64] [allow_pickle]` loads a saved folder and prints, as JSON, how far its
+answers are off.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -94,15 +94,16 @@ def dtype_of(model: nn.Module) -> str:
     return str(embeddings.weight.dtype).removeprefix("torch.")
 
 
-def compare(folder: Path, float64: bool = False) -> dict[str, float]:
+def compare(folder: Path, float64: bool = False, allow_pickle: bool = False) -> dict[str, float]:
     """How far the folder's model, loaded by `load`, is from what was recorded; see `compare_model`.
 
     Args:
         float64: Whether to compute in float64: what differs then is the weights, not the rounding on the way.
+        allow_pickle: As in `load`.
     """
     from onestep_peft.hub.load import load
 
-    model, _ = load(folder)
+    model, _ = load(folder, allow_pickle=allow_pickle)
     return compare_model(model.double() if float64 else model, folder / FILE)
 
 
@@ -112,10 +113,12 @@ def compare_model(model: nn.Module, file: Path) -> dict[str, float]:
     Returns:
         "difference" (the largest, by the largest recorded logit; infinite where they are not numbers) and the
         "tolerance" for it.
+
+    Raises:
+        ValueError: The file is no record for this model.
     """
-    with safe_open(file, "pt") as record:
-        made_on, made_in = record.metadata()[MADE_ON].split()
-        tensors = {name: record.get_tensor(name) for name in record.keys()}  # noqa: SIM118
+    made_on, made_in, tensors = _recorded(file)
+    _check_words(tensors["input_ids"], model)
     expected = tensors.pop(LOGITS)
     if made_on == "cuda" and torch.cuda.is_available():
         model.to(torch.device("cuda"))
@@ -131,7 +134,30 @@ def compare_model(model: nn.Module, file: Path) -> dict[str, float]:
     }
 
 
-def check_in_fresh_process(folder: Path, token: str | None = None, *, float64: bool = False) -> float:
+def _recorded(file: Path) -> tuple[str, str, dict[str, Tensor]]:
+    """Kind of device and dtype that a record was made on and in, and its tensors."""
+    try:
+        with safe_open(file, "pt") as record:
+            made_on, made_in = record.metadata()[MADE_ON].split()
+            tensors = {name: record.get_tensor(name) for name in record.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file.name} is no record of a model's answers ({error}). Save the folder again.") from error
+    if not {"input_ids", LOGITS} <= tensors.keys():
+        raise ValueError(f"{file.name} holds no inputs, or no answers to them. Save the folder again.")
+    return made_on, made_in, tensors
+
+
+def _check_words(ids: Tensor, model: nn.Module) -> None:
+    """Raises a ValueError for a record's inputs that the model has no embeddings for."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    words = not ids.is_floating_point() and ids.numel() > 0
+    if not words or int(ids.min()) < 0 or int(ids.max()) >= embeddings.num_embeddings:
+        raise ValueError(f"{FILE} holds inputs that are no words of this model. Save the folder again.")
+
+
+def check_in_fresh_process(
+    folder: Path, token: str | None = None, *, float64: bool = False, allow_pickle: bool = False
+) -> float:
     """Loads the folder in a process of its own and compares its logits with those that were recorded.
 
     Whatever the saving process still had in memory and did not write cannot help there.
@@ -139,6 +165,7 @@ def check_in_fresh_process(folder: Path, token: str | None = None, *, float64: b
     Args:
         token: For a private base; None for the one that the Hub's client knows.
         float64: Whether what was recorded was computed in float64, and is to be.
+        allow_pickle: As in `load`.
 
     Returns:
         The largest difference, by the largest recorded logit.
@@ -155,7 +182,7 @@ def check_in_fresh_process(folder: Path, token: str | None = None, *, float64: b
         package = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": paths, **({"HF_TOKEN": token} if token else {})}
-        words = [str(folder.resolve()), *["float64"] * float64]
+        words = [str(folder.resolve()), *["float64"] * float64, *["allow_pickle"] * allow_pickle]
         run = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "onestep_peft.hub.probe", *words],
             capture_output=True, text=True, env=environment, cwd=empty, timeout=PATIENCE_S,
@@ -174,4 +201,4 @@ def check_in_fresh_process(folder: Path, token: str | None = None, *, float64: b
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(Path(sys.argv[1]), float64=sys.argv[2:] == ["float64"])))
+    print(json.dumps(compare(Path(sys.argv[1]), **dict.fromkeys(sys.argv[2:], True))))

@@ -12,7 +12,8 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi, ModelInfo, constants
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-from onestep_peft.errors import PushError
+from onestep_peft.errors import PushError, without_secrets
+from onestep_peft.hub.inspection import check_kind
 from onestep_peft.hub.probe import check_in_fresh_process
 from onestep_peft.hub.remote import Journal, StaleParentError, attempt, files_at
 from onestep_peft.hub.staging import is_repo_id, pinned_base, staged
@@ -70,6 +71,7 @@ def push(
     base_model: str | None = None,
     dry_run: bool = False,
     token: str | None = None,
+    allow_pickle: bool = False,
     commit_message: str = "Add an adapter made in one step",
 ) -> PushResult:
     """Pushes a saved folder in one commit, with a model card, after loading it in a fresh process.
@@ -88,6 +90,7 @@ def push(
         base_model: The base's Hub id where it was a folder here.
         dry_run: Check everything that can be checked without sending anything.
         token: None for the one of the environment or of `hf auth login`.
+        allow_pickle: Whether the check may read the base from a pickle, as in `load`. Nothing that is sent is one.
 
     Raises:
         ValueError: The folder is not whole or gives other logits, the base is not on the Hub, or the Hub refuses.
@@ -103,18 +106,19 @@ def push(
         )
     source, api, journal = Path(folder), HfApi(token=token), Journal(repo_id)
     report = read_whole(source)
+    check_kind(source, report)
     repo_id = journal.repo_id = full_name(api, repo_id, journal)
     base = pinned_base(api, source, report, base_model, journal)
     target = Target(repo_id, revision or MAIN, private, create_pr, tag, commit_message)
     with staged(source, report, repo_id, base) as copy:
-        difference = check_in_fresh_process(copy, token)
+        difference = check_in_fresh_process(copy, token, allow_pickle=allow_pickle)
         files = {path.relative_to(copy).as_posix(): path.stat().st_size for path in _files(copy)}
         if dry_run:
-            url = f"{api.endpoint}/{repo_id}"
+            url = without_secrets(f"{api.endpoint}/{repo_id}")
             return PushResult(repo_id, target.revision, None, url, tag, files, difference)
         commit = _send(api, copy, target, journal)
     revision = commit.pr_revision or target.revision
-    url = commit.pr_url or commit.commit_url
+    url = without_secrets(commit.pr_url or commit.commit_url)
     return PushResult(repo_id, revision, commit.oid, url, tag, files, difference, tuple(journal.notes))
 
 
@@ -275,7 +279,7 @@ def _moved_on(api: HfApi, copy: Path, target: Target, head: str, journal: Journa
 def _where_it_stands(api: HfApi, target: Target, head: str) -> str:
     """After a commit that failed: whether the repository has changed, as far as it can be told."""
     if target.create_pr:
-        page = f"{api.endpoint}/{target.repo_id}/discussions"
+        page = without_secrets(f"{api.endpoint}/{target.repo_id}/discussions")
         return f"Look at {page} first: where only the answer was lost, the pull request is there."
     try:
         now = api.model_info(target.repo_id, revision=target.revision).sha

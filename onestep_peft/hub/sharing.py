@@ -72,6 +72,7 @@ class SharingTrainer(ScoringTrainer):
             token=token or args.hub_token,
             revision=revision or args.hub_revision,
             private=args.hub_private_repo if private is None else private,
+            allow_pickle=True,  # this very run has read the base, whatever it is
             **kwargs,
         )
 

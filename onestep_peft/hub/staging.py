@@ -35,7 +35,7 @@ def staged(source: Path, report: StepReport, repo_id: str, base: tuple[str, str]
     published = replace(report, base_model=base[0], base_revision=base[1])
 
     def write(staging: Path) -> StepReport:
-        for name in report.files:
+        for name in report.files.keys() - {CARD}:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, staging / name)
         _name_base(staging, *base)
