@@ -1,4 +1,4 @@
-"""The trainer's own way to the Hub, and what becomes of tokens on it."""
+"""The trainer's own way to the Hub."""
 
 from __future__ import annotations
 
@@ -7,38 +7,21 @@ from pathlib import Path
 from onestep_peft import OneStepTrainer
 from tests.conftest import tiny_bert, toy_rows, trainer_for
 from tests.hub.client import Client
-from tests.hub.conftest import World, published
+from tests.hub.conftest import published
 from tests.hub_server import Fault, HubServer
-from tests.hub_server.auth import Account
 
 TRAINER = """
 from onestep_peft import OneStepTrainer
 from tests.conftest import config_for
 from tests.test_load import named_rows
 
-pushing.check_in_fresh_process = lambda folder, token=None: 0.0
+pushing.check_in_fresh_process = lambda *args, **kwargs: 0.0
 
 def trainer_for(folder, **options):
     return OneStepTrainer(
         model=options.pop("model", "user/base"),
         args=config_for(folder, direction="sgd", step_size=0.1, **options), train_dataset=named_rows(60, 1),
     )
-"""
-
-SECRETIVE = """
-import contextlib, io, os
-if "{variable}":
-    os.environ["HF_TOKEN"] = "{variable}"
-given = {given!r}
-with contextlib.redirect_stdout(io.StringIO()) as out:
-    trainer = trainer_for(
-        "{way}", push_to_hub=True, hub_model_id="user/secret-{way}", hub_token=given, save_strategy="steps",
-        save_steps=1,
-    )
-    trainer.train()
-    trainer.save_model()
-answer = [out.getvalue(), repr(trainer.report), attempt("{way}", "other/not-mine", token=given)]
-os.environ.pop("HF_TOKEN", None)
 """
 
 
@@ -118,32 +101,3 @@ for options in ({"model": "local"}, {"hub_token": "hf_unknown", "hub_model_id": 
 def test_trainers_without_the_hub_ask_nothing_of_it(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path / "out", toy_rows(60, 1), model=tiny_bert(), direction="sgd", step_size=0.1)
     assert isinstance(trainer, OneStepTrainer) and trainer.hub_model_id is None
-
-
-SECRET = {way: "hf_" + letters * 11 for way, letters in (("variable", "Zq7"), ("config", "Wk3"), ("login", "Xv5"))}
-
-
-def test_a_token_is_in_no_file_and_in_no_log(world: World, hub: HubServer, tmp_path: Path) -> None:
-    hub.tokens = {**hub.tokens, **{token: Account("user", "write") for token in SECRET.values()}}
-    hub.profile = "lfs"
-    home = tmp_path / "home"
-    client = Client(hub, tmp_path / "work", "", HF_HOME=str(home), HF_DEBUG="1", HF_HUB_VERBOSITY="debug")
-    try:
-        for way, token in SECRET.items():
-            hub.faults.add(Fault("commit", "status:503"))  # a failure's messages count too
-            variable, given = (token if way == "variable" else ""), (token if way == "config" else None)
-            home.mkdir(exist_ok=True)
-            (home / "token").write_text(token if way == "login" else "")  # where `hf auth login` puts it
-            said = run(client, SECRETIVE.format(way=way, variable=variable, given=given))
-            assert isinstance(said, list) and not any(secret in str(said) for secret in SECRET.values())
-            assert said[-1]["error"] == "ValueError" and "403" in said[-1]["message"]
-            pushed = hub.files(f"user/secret-{way}")
-            assert "onestep.json" in pushed
-            assert not any(token.encode() in content for content in pushed.values())
-    finally:
-        client.close()
-    assert "503" in client.log.read_text(), "there is something to look at"
-    written = [path for path in tmp_path.rglob("*") if path.is_file() and path != home / "token"]
-    assert all((client.folder / way / "checkpoint-1").is_dir() for way in SECRET)
-    for path in written:
-        assert not any(token.encode() in path.read_bytes() for token in SECRET.values()), path
