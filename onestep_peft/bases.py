@@ -128,6 +128,14 @@ def _from_pretrained(base: str, task: Task, **options: Any) -> Any:
         return task.auto_model.from_pretrained(base, **options)
     except UNREADABLE as error:
         raise ValueError(_not_found(base, "model", error)) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The base {base!r} has weights of other shapes than this task's: most often a head with another number of "
+            "classes. Name a base without a head or with a fitting one; or load it yourself, with "
+            "`ignore_mismatched_sizes=True`, and pass that model to OneStepTrainer."
+        ) from error
 
 
 def _options(task: Task, labels: Sequence[str], outputs: int | None) -> dict[str, Any]:

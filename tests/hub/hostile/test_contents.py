@@ -16,6 +16,7 @@ import torch
 from onestep_peft import load
 from onestep_peft.merging import merge
 from tests.architectures.models import CONFIGS, save_base
+from tests.conftest import tiny_bert
 from tests.hub.conftest import resaved
 from tests.hub.hostile.tampering import (
     ADAPTER,
@@ -277,6 +278,11 @@ def test_a_base_of_another_kind_or_size_is_refused_by_name(hostile: Callable[...
         said = refusal(hostile(), base_model=str(base))
         assert "does not fit the base, a " in said and "base_model=" in said
         shutil.rmtree(tmp_path / "hostile")
+
+
+def test_a_base_whose_head_has_other_classes_is_refused_in_words(folders: Path, tmp_path: Path) -> None:
+    tiny_bert(num_labels=3).save_pretrained(tmp_path / "three")
+    assert "another number of classes" in refusal(folders / "lora", base_model=str(tmp_path / "three"))
 
 
 def test_a_base_that_is_an_adapter_is_refused(hostile: Callable[..., Path], folders: Path) -> None:
