@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def configurations() -> dict[str, PreTrainedConfig]:
     return {name: CONFIGS[name] for name in ("bert", "distilbert", "deberta-v2", "modernbert", "llama")}
 
 
-def named_rows(number: int, seed: int) -> list[dict[str, Any]]:
-    return [{**row, "label": LABELS[row["label"]]} for row in toy_rows(number, seed)]
+def named_rows(number: int, seed: int, labels: Sequence[str] = LABELS) -> list[dict[str, Any]]:
+    return [{**row, "label": labels[row["label"]]} for row in toy_rows(number, seed, classes=len(labels))]
 
 
 def saved_run(folder: Path, base: Path) -> tuple[OneStepTrainer, Path]:

@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.architectures.models import CONFIGS, save_base
-from tests.conftest import word_tokenizer
-from tests.hub.trips import TEMPLATE
+from tests.hub.trips import base_of
 from tests.hub_server import HubServer
-from tests.tasks.small import tiny_causal_llama
 from tests.test_load import LABELS
 
 ROOT = str(Path(__file__).parents[2])
@@ -44,16 +40,6 @@ class Trip:
     online: End
     offline: End
     offline_requests: int
-
-
-def base_of(name: str, folder: Path) -> Path:
-    if name in CONFIGS:
-        return save_base(folder, CONFIGS[name])
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tiny_causal_llama().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def process(what: str, env: dict[str, str], folder: Path) -> End:

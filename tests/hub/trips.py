@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from onestep_peft.hub import probe, push
 from onestep_peft.hub.load import load_with_report
 from onestep_peft.prediction import predict
 from onestep_peft.tasks import logits_for, task_of
-from tests.conftest import config_for, toy_rows
-from tests.test_load import named_rows
+from tests.architectures.models import CONFIGS, save_base
+from tests.conftest import config_for, toy_rows, word_tokenizer
+from tests.tasks.small import tiny_causal_llama
+from tests.test_load import LABELS, named_rows
 
 CHAT = "chat"
 TEMPLATE = (
@@ -53,6 +56,17 @@ def talks(number: int, seed: int) -> list[dict[str, Any]]:
         }
         for row in toy_rows(number, seed)
     ]
+
+
+def base_of(name: str, folder: Path) -> Path:
+    """A base as it stands on the Hub: a backbone, or a language model that knows a chat template."""
+    if CHAT not in name:
+        return save_base(folder, CONFIGS[name])
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tiny_causal_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @torch.no_grad()
@@ -79,17 +93,20 @@ def said(model: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def trained(base: str, method: str, name: str, seed: int = 1, labels: Sequence[str] = LABELS) -> OneStepTrainer:
+    """A step on `user/BASE`, pushed to `user/NAME`."""
+    rows = talks(60, seed) if CHAT in base else named_rows(60, seed, labels)
+    options = {"direction": "sgd", "step_size": 0.5, "guard": False, "method": method}
+    trainer = OneStepTrainer(model=f"user/{base}", args=config_for(Path(name), **options), train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub(repo_id=f"user/{name}")
+    return trainer
+
+
 def push_one(base: str, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Trains on `user/BASE` and pushes to `user/BASE-METHOD`; what the model in memory answers."""
-    name = f"{base}-{method}"
-    rows = talks(60, 1) if CHAT in base else named_rows(60, 1)
-    options = {"direction": "sgd", "step_size": 0.5, "guard": False}
-    trainer = OneStepTrainer(
-        model=f"user/{base}", args=config_for(Path(name), method=method, **options), train_dataset=rows
-    )
-    trainer.train()
+    trainer = trained(base, method, f"{base}-{method}")
     model, tokenizer = trainer.model, trainer.processing_class
-    trainer.push_to_hub(repo_id=f"user/{name}")
     answers = {"memory": logits(model, tokenizer)}
     records = predict(model, tokenizer, texts, max_new_tokens=NEW_TOKENS)
     width = max((len(label) for label in trainer.report.labels), default=0)
