@@ -42,6 +42,10 @@ def test_a_branch_a_tag_and_again(world: World, hub: HubServer, client: Client) 
     assert hub.repo("user/branch").refs["refs/tags/v1"] == first["commit"]
     again = push(client, world.adapter, "user/branch", revision="dev/one", tag="v1")
     assert again["commit"] == first["commit"], "an unchanged folder makes no commit"
+    assert first["new"] and not again["new"]
+    words = ["push", str(world.adapter), "user/branch", "--revision", "dev/one"]
+    told = client.run(f"answer = shell(*{words!r})")
+    assert told["status"] == 0 and "Nothing to push: dev/one holds these files already: " in told["out"]
     hub.commit("user/branch", {"search.png": b"another"}, revision="dev/one")
     hub.repo("user/branch").refs["refs/tags/v2"] = old.oid
     taken = push(client, world.adapter, "user/branch", revision="dev/one", tag="v2")
@@ -72,6 +76,9 @@ def test_a_pull_request_may_come_from_a_stranger(world: World, hub: HubServer, c
     assert not made["error"] and made["revision"] == "refs/pr/1" and made["url"].endswith("/discussions/1")
     assert hub.files("user/proposed") == {"config.json": b"{}"}
     assert "onestep.json" in hub.files("user/proposed", "refs/pr/1")
+    assert not push(client, world.adapter, "user/proposed")["error"]
+    again = push(client, world.adapter, "user/proposed", token="hf_other", create_pr=True)
+    assert not again["error"] and not again["new"] and again["revision"] == "main", "nothing to propose"
     both = push(client, world.adapter, "user/proposed", create_pr=True, tag="v1")
     assert both["error"] == "ValueError" and "Leave out" in both["message"]
     nothing = push(client, world.adapter, "user/nothing", create_pr=True)

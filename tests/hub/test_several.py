@@ -1,4 +1,4 @@
-"""Several adapters on one base: loaded beside each other, switched, and swapped in place."""
+"""Adapters and their bases: several on one, switched or swapped in place; and one whose base moves on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from tests.hub.client import Client
 from tests.hub.trips import base_of
 from tests.hub_server import HubServer
+from tests.tasks.small import tiny_causal_llama
 from tests.test_load import LABELS
 
 # Trains two on one base, pushes both, loads the first, and puts the second beside it, or by a hot-swap in its place.
@@ -102,3 +103,33 @@ def test_an_adapter_with_another_number_of_classes_needs_a_model_of_its_own(
 ) -> None:
     said = two("bert", "lora", hub, client, tmp_path, others=["cat", "dog", "eel"])
     assert "size mismatch for base_model.model.classifier" in said
+
+
+BY_NAME = """
+from transformers import pipeline
+from tests.hub.trips import base_of, logits, trained
+
+pushing.check_in_fresh_process = lambda folder, token=None: 0.0
+trainer = trained("chat-moving", "lora", "moving")
+expected = logits(trainer.model, trainer.processing_class)
+
+def off():
+    model, tokenizer = load("user/moving")
+    by_name = pipeline("text-generation", "user/moving").model
+    return [float((logits(one, tokenizer) - expected).abs().max()) for one in (model, by_name)]
+
+answer = [off()]
+HfApi().upload_file(path_or_fileobj={weights!r}, path_in_repo="model.safetensors", repo_id="user/chat-moving")
+answer.append(off())
+"""
+
+
+def test_by_its_name_alone_transformers_takes_the_base_as_it_is_today(
+    hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    """So the card says; once transformers reads the adapter's `revision`, it may stop to."""
+    hub.add_repo("user/chat-moving", base_of("chat-moving", tmp_path / "base"))
+    tiny_causal_llama(seed=5).save_pretrained(tmp_path / "moved")
+    before, after = client.run(BY_NAME.format(weights=str(tmp_path / "moved" / "model.safetensors")))
+    assert max(before) <= 1e-6
+    assert after[0] <= 1e-6 and after[1] > 0.1
