@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def configurations() -> dict[str, PreTrainedConfig]:
     return {name: CONFIGS[name] for name in ("bert", "distilbert", "deberta-v2", "modernbert", "llama")}
 
 
-def named_rows(number: int, seed: int) -> list[dict[str, Any]]:
-    return [{**row, "label": LABELS[row["label"]]} for row in toy_rows(number, seed)]
+def named_rows(number: int, seed: int, labels: Sequence[str] = LABELS) -> list[dict[str, Any]]:
+    return [{**row, "label": labels[row["label"]]} for row in toy_rows(number, seed, classes=len(labels))]
 
 
 def saved_run(folder: Path, base: Path) -> tuple[OneStepTrainer, Path]:
@@ -203,8 +204,15 @@ from onestep_peft.cli import main
 
 with contextlib.redirect_stdout(io.StringIO()) as said:
     assert main(["predict", "user/adapter", "w1 w2 w50", "w9 w12 w60"]) == 0
-print(json.dumps(said.getvalue()))
+words = ["evaluate", "user/adapter", "--dataset", "user/rows", "--split", "test", "--metrics", "user/errors"]
+with contextlib.redirect_stdout(io.StringIO()):
+    assert main([*words, "--output", "metrics.json"]) == 0
+print(json.dumps([said.getvalue(), json.load(open("metrics.json"))]))
 """
+
+
+# evaluate has a variable of its own.
+OFFLINE = ("HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE")
 
 
 def test_model_rows_metric_and_adapter_may_come_from_the_hub(tmp_path: Path) -> None:
@@ -215,7 +223,7 @@ def test_model_rows_metric_and_adapter_may_come_from_the_hub(tmp_path: Path) -> 
     }
     with HubServer() as hub:
         commit = hub.add_repo("user/base", base)
-        hub.add_repo("user/rows", rows, type="dataset")
+        hub.add_repo("user/rows", rows, type="dataset", private=True)
         hub.add_repo("user/errors", {"errors.py": METRIC}, type="space")
         env = hub.environment("hf_write") | {"OMP_NUM_THREADS": "1"}
         work = tmp_path / "work"
@@ -229,9 +237,10 @@ def test_model_rows_metric_and_adapter_may_come_from_the_hub(tmp_path: Path) -> 
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()
         reader = hub.environment("hf_read") | {"OMP_NUM_THREADS": "1"}
-        online = fresh_process(PREDICT_FROM_HUB, reader, elsewhere)
+        online, scores = fresh_process(PREDICT_FROM_HUB, reader, elsewhere)
         assert [line.split()[0] for line in online.splitlines()] == LABELS
+        assert scores["metrics"]["errors"] == made["report"]["metrics"]["after"]["errors"]
         hub.requests.clear()
-        offline = fresh_process(PREDICT_FROM_HUB, reader | {"HF_HUB_OFFLINE": "1"}, elsewhere)
-        assert offline == online
+        offline = fresh_process(PREDICT_FROM_HUB, reader | dict.fromkeys(OFFLINE, "1"), elsewhere)
+        assert offline == [online, scores]
         assert not hub.requests

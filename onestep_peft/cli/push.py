@@ -41,4 +41,5 @@ def run(arguments: list[str]) -> None:
     if given["dry_run"]:
         print(f"Nothing was sent. Without --dry-run, the above goes to {result.url} ({result.revision}).")
     else:
-        print(f"Pushed: {result.url}" + (f" (tag {result.tag})" if result.tag else ""))
+        done = "Pushed" if result.new else f"Nothing to push: {result.revision} holds these files already"
+        print(f"{done}: {result.url}" + (f" (tag {result.tag})" if result.tag else ""))

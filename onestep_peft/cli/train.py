@@ -113,11 +113,14 @@ def run(arguments: list[str]) -> None:
     trainer = _trainer(options, config, adapter)
     trainer.train()
     trainer.report.datasets = _hub_sets(options, evaluated=trainer.eval_dataset is not None)
-    trainer.save_model(str(folder))
+    if config.should_save:
+        trainer.save_folder(folder)
     report = trainer.report
     print(f"\n{report.table()}\n{report.summary()}")
     print(f"{report.seconds['total']:.1f} s for the step, {report.seconds['evaluation']:.1f} s for the evaluation.")
     print(f'Saved to {folder}. Try: onestep predict {folder} "some text"')
+    if config.should_save and config.push_to_hub:  # last, so that a push that fails hides nothing
+        print(f"Pushed: {trainer.push_folder(folder).url}")
 
 
 def _show_plan(options: TrainOptions, config: OneStepConfig, adapter: Any) -> None:

@@ -112,14 +112,15 @@ def markdown_table(report: StepReport) -> str:
 
 
 def _step(step: dict[str, Any]) -> dict[str, str]:
-    verdict = "accepted" if step["accepted"] else "refused: the parameters are as before the step"
+    verdict = step["reason"] if step["accepted"] else f"{step['reason']}; the parameters are as before the step"
+    verdict += "; the head was fitted again after it" if step.get("head_refitted") else ""
     return {
         "direction": step["direction"],
         "size": f"{step['step_size']:.4g}",
         "before": _number(step["loss_before"]),
         "after": _number(step["loss_after"]),
         "lost": f"{100 * (step.get('energy_lost') or 0):.1f} %",
-        "verdict": f"{verdict} ({step['reason']})".replace("|", "/"),
+        "verdict": verdict.replace("|", "/"),
     }
 
 

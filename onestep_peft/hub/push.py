@@ -36,6 +36,7 @@ class PushResult:
         files: Size in bytes by name.
         difference: How far a fresh process' logits were from the recorded ones, by their scale.
         notes: What was met on the way, such as somebody else's commit.
+        new: Whether there was anything to send: the branch may hold the same files already.
     """
 
     repo_id: str
@@ -46,6 +47,7 @@ class PushResult:
     files: dict[str, int]
     difference: float
     notes: tuple[str, ...] = ()
+    new: bool = True
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,10 @@ def push(
         if dry_run:
             url = without_secrets(f"{api.endpoint}/{repo_id}")
             return PushResult(repo_id, target.revision, None, url, tag, files, difference)
-        commit = _send(api, copy, target, journal)
+        commit, new = _send(api, copy, target, journal)
     revision = commit.pr_revision or target.revision
     url = without_secrets(commit.pr_url or commit.commit_url)
-    return PushResult(repo_id, revision, commit.oid, url, tag, files, difference, tuple(journal.notes))
+    return PushResult(repo_id, revision, commit.oid, url, tag, files, difference, tuple(journal.notes), new)
 
 
 def full_name(api: HfApi, repo_id: str, journal: Journal) -> str:
@@ -129,7 +131,8 @@ def full_name(api: HfApi, repo_id: str, journal: Journal) -> str:
     return f"{attempt('looking up whose token this is', api.whoami, journal)['name']}/{repo_id}"
 
 
-def _send(api: HfApi, copy: Path, target: Target, journal: Journal) -> CommitInfo:
+def _send(api: HfApi, copy: Path, target: Target, journal: Journal) -> tuple[CommitInfo, bool]:
+    """The commit that holds the files, and whether it was made now."""
     head = _prepare(api, target, journal)
     if target.tag is not None:
         _check_tag(api, copy, target, target.tag, journal)
@@ -143,7 +146,7 @@ def _send(api: HfApi, copy: Path, target: Target, journal: Journal) -> CommitInf
             lambda: api.create_tag(target.repo_id, tag=tag, revision=commit.oid, exist_ok=True),
             journal,
         )
-    return commit
+    return commit, commit.oid != head
 
 
 def _prepare(api: HfApi, target: Target, journal: Journal) -> str:
@@ -154,7 +157,7 @@ def _prepare(api: HfApi, target: Target, journal: Journal) -> str:
         if target.create_pr:
             raise ValueError(
                 f"There is no repository {repo_id!r} (or your token may not see it) to propose something to. Check "
-                "the name, or leave out `create_pr`."
+                "the name, or leave out `create_pr` (`--create-pr`)."
             )
         attempt(
             "creating the repository",

@@ -7,10 +7,15 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+)
 
 from onestep_peft.errors import PushError, without_secrets
 
@@ -116,10 +121,19 @@ def told(error: BaseException, what: str, journal: Journal, tries: int = 1) -> V
 
 def reason(error: BaseException) -> str:
     """The error in one line, without the request's address book of links."""
-    code = status(error)
-    said: Any = getattr(error, "server_message", None)
-    text = without_secrets(" ".join(str(said or error).split()))[:300]
-    return f"HTTP {code}: {text}" if code is not None and said else f"{type(error).__name__}: {text}"
+    code, said = status(error), getattr(error, "server_message", None)
+    if code is not None:
+        return f"HTTP {code}: {_line(said or str(error))}"
+    # The client wraps what went wrong in general words: "Error while uploading", "cannot find the requested files".
+    wrapped = error.__cause__ or error.__context__
+    if wrapped is not None and isinstance(error, LocalEntryNotFoundError):
+        return reason(wrapped)
+    because = f" ({reason(wrapped)})" if wrapped is not None and type(error) is RuntimeError else ""
+    return f"{type(error).__name__}: {_line(str(error))}{because}"
+
+
+def _line(text: str) -> str:
+    return without_secrets(" ".join(text.split())).partition(" For more information check:")[0][:300]
 
 
 def files_at(api: HfApi, repo_id: str, revision: str) -> dict[str, str]:

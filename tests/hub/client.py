@@ -14,7 +14,7 @@ from tests.hub_server import HubServer
 ROOT = str(Path(__file__).parents[2])
 # Each line on standard input is a script; what it leaves in `answer` goes back. Waits are a thousandth as long.
 LOOP = """
-import contextlib, io, json, sys, time, traceback, warnings
+import contextlib, io, json, os, sys, time, traceback, warnings
 warnings.filterwarnings("ignore")
 answers, sys.stdout, sleep = sys.stdout, sys.stderr, time.sleep
 time.sleep = lambda seconds: sleep(seconds / 1000)
@@ -26,7 +26,10 @@ from onestep_peft import load
 from onestep_peft.cli import main
 from onestep_peft.hub import push as pushing
 from onestep_peft.hub.push import push
+import tests.conftest
 
+# That takes the tests themselves off the network; processes that this one starts have a Hub to talk to.
+del os.environ["HF_HUB_OFFLINE"]
 real_check = pushing.check_in_fresh_process
 
 def attempt(*args, check=False, **kwargs):

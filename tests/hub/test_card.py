@@ -17,7 +17,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def report(**changes: Any) -> StepReport:
     step = {
         "direction": "kfac_muon", "step_size": 0.25, "loss_before": 0.69, "loss_after": 0.31, "accepted": True,
-        "reason": "99 % of resampled row sets gain", "energy_lost": 0.021, "head_refitted": False,
+        "reason": "accepted (99 % of resampled row sets gain)", "energy_lost": 0.021, "head_refitted": False,
         "candidates": [{"direction": "kfac_muon", "points": [[0.0, 0.69], [0.25, 0.31]]}],
     }  # fmt: skip
     fields = {
@@ -59,8 +59,10 @@ def test_it_comes_from_the_json_alone() -> None:
 
 def test_a_refused_step_is_told_as_such() -> None:
     (step,) = report().steps
-    text = card(report(steps=[{**step, "accepted": False, "reason": "held-out rows lose"}]), "user/adapter")
-    assert "refused: the parameters are as before the step (held-out rows lose)" in text
+    text = card(report(steps=[{**step, "accepted": False, "reason": "refused: held-out rows lose"}]), "user/adapter")
+    assert "| refused: held-out rows lose; the parameters are as before the step |" in text
+    text = card(report(steps=[{**step, "head_refitted": True}]), "user/adapter")
+    assert "gain); the head was fitted again after it |" in text
 
 
 def test_scores_on_rows_of_ones_own_are_not_told_as_those_of_the_training_set() -> None:

@@ -42,6 +42,10 @@ def test_a_branch_a_tag_and_again(world: World, hub: HubServer, client: Client) 
     assert hub.repo("user/branch").refs["refs/tags/v1"] == first["commit"]
     again = push(client, world.adapter, "user/branch", revision="dev/one", tag="v1")
     assert again["commit"] == first["commit"], "an unchanged folder makes no commit"
+    assert first["new"] and not again["new"]
+    words = ["push", str(world.adapter), "user/branch", "--revision", "dev/one"]
+    told = client.run(f"answer = shell(*{words!r})")
+    assert told["status"] == 0 and "Nothing to push: dev/one holds these files already: " in told["out"]
     hub.commit("user/branch", {"search.png": b"another"}, revision="dev/one")
     hub.repo("user/branch").refs["refs/tags/v2"] = old.oid
     taken = push(client, world.adapter, "user/branch", revision="dev/one", tag="v2")
@@ -72,6 +76,9 @@ def test_a_pull_request_may_come_from_a_stranger(world: World, hub: HubServer, c
     assert not made["error"] and made["revision"] == "refs/pr/1" and made["url"].endswith("/discussions/1")
     assert hub.files("user/proposed") == {"config.json": b"{}"}
     assert "onestep.json" in hub.files("user/proposed", "refs/pr/1")
+    assert not push(client, world.adapter, "user/proposed")["error"]
+    again = push(client, world.adapter, "user/proposed", token="hf_other", create_pr=True)
+    assert not again["error"] and not again["new"] and again["revision"] == "main", "nothing to propose"
     both = push(client, world.adapter, "user/proposed", create_pr=True, tag="v1")
     assert both["error"] == "ValueError" and "Leave out" in both["message"]
     nothing = push(client, world.adapter, "user/nothing", create_pr=True)
@@ -204,3 +211,36 @@ def test_somebody_else_pushes_meanwhile(theirs: str, world: World, hub: HubServe
         assert "onestep.json" not in files
         assert not push(client, world.adapter, repo)["error"]
         assert len(json.loads(published(hub.files(repo))["onestep.json"])["files"]) > 5
+
+
+def test_somebody_else_who_is_faster_twice_is_not_raced(world: World, hub: HubServer, client: Client) -> None:
+    hub.add_repo("user/raced", {"config.json": "{}"})
+    hub.faults.add(Fault("preupload", "slow:0.5", 2))
+
+    def intrude() -> None:
+        for number in (1, 2):
+            while hub.steps().count("preupload") < number:
+                time.sleep(0.01)
+            hub.commit("user/raced", {f"notes-{number}.txt": b"theirs"})
+
+    other = threading.Thread(target=intrude)
+    other.start()
+    answer = push(client, world.adapter, "user/raced")
+    other.join()
+    assert answer["error"] == "PushError" and "came too late" in answer["message"] and "Push again" in answer["message"]
+    assert hub.steps().count("commit") == 2
+    assert hub.files("user/raced").keys() == {"config.json", "notes-1.txt", "notes-2.txt"}
+    assert not push(client, world.adapter, "user/raced")["error"]
+
+
+def test_the_exit_status_tells_a_refusal_from_a_failure(world: World, hub: HubServer, client: Client) -> None:
+    words = ["push", str(world.adapter), "user/status"]
+    for kind, status, said in (("cut", 1, "failed 3 times"), ("status:403", 2, "was refused"), ("slow:0", 0, "")):
+        hub.faults.add(Fault("commit", kind, 1000))
+        answer = client.run(f"answer = shell(*{words!r})")
+        hub.faults.clear()
+        assert answer["status"] == status and said in answer["err"], answer
+        *tries, last = answer["err"].splitlines() or [""]
+        assert len(tries) == (2 if kind == "cut" else 0) and all("Another try in" in line for line in tries)
+        assert last.startswith("onestep: error: Pushing to 'user/status': ") or status == 0
+        assert ("Pushed: " in answer["out"]) == (status == 0)

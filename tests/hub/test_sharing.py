@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+
 from onestep_peft import OneStepTrainer
+from onestep_peft.saving import read_whole
 from tests.conftest import tiny_bert, toy_rows, trainer_for
 from tests.hub.client import Client
 from tests.hub.conftest import published
 from tests.hub_server import Fault, HubServer
+from tests.test_load import named_rows
 
 TRAINER = """
 from onestep_peft import OneStepTrainer
@@ -75,6 +80,24 @@ load("failed")
     hub.faults.clear()
     answer = client.run("answer = attempt('failed', 'user/failed')")
     assert not answer["error"] and "onestep.json" in hub.files("user/failed")
+
+
+@pytest.mark.parametrize("fault", ["", "cut"])
+def test_the_command_pushes_last_and_says_where_to(fault: str, hub: HubServer, client: Client, tmp_path: Path) -> None:
+    rows, out, repo = tmp_path / "rows.jsonl", tmp_path / "out", f"user/of-train{fault}"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in named_rows(60, 1)))
+    if fault:
+        hub.faults.add(Fault("commit", fault, 1000))
+    words = ["train", "--model", "user/base", "--dataset", str(rows), "--output-dir", str(out), "--direction", "sgd"]
+    options = ["--use-cpu", "true", "--disable-tqdm", "true", "--push-to-hub", "true", "--hub-model-id", repo]
+    answer = client.run(f"answer = shell(*{words + options!r})")
+    assert answer["status"] == (1 if fault else 0), answer["err"]
+    assert f"Saved to {out}" in answer["out"] and "step 1: sgd" in answer["out"], "whatever becomes of the push"
+    assert read_whole(out).base_model == "user/base"
+    if fault:
+        assert f"error: Pushing to '{repo}'" in answer["err"] and "Pushed" not in answer["out"]
+    else:
+        assert f"Pushed: {hub.endpoint}/{repo}/commit/{hub.head(repo).oid}" in answer["out"]
 
 
 def test_what_could_never_be_pushed_is_told_before_any_work(hub: HubServer, client: Client) -> None:
