@@ -17,6 +17,8 @@ from onestep_peft.step.natural import RowGradients
 NOISE_FLOOR = 1e-6
 # Below this share of the largest δ in its row, a token's δ is rounding noise.
 DEAD_SHARE = 1e-6
+# A covariance is symmetric: it is summed in columns of blocks of this size, from the diagonal down.
+TRIANGLE_BLOCK = 384
 
 
 class Statistics(Protocol):
@@ -125,6 +127,8 @@ class LayerStatistics:
         """Turns the sums into means over `items` rows (or labelled tokens)."""
         if self._sums_gradient:
             self.gradient /= items
+        for covariance in (self.input_covariance, self.output_grad_covariance):
+            _mirror(covariance)
         self.output_grad_covariance /= items
         if self._input_factor == "one":
             self.input_covariance.fill_(1.0)
@@ -146,11 +150,20 @@ def _shape(factor: Factor, d: int) -> tuple[int, ...]:
 
 
 def _add_products(total: Tensor, vectors: Tensor) -> None:
-    """Adds Σ v vᵀ, its diagonal or its trace, over vectors `(tokens, d)`."""
+    """Adds Σ v vᵀ, its diagonal or its trace, over vectors `(tokens, d)`; of a large matrix the lower triangle only."""
     if total.dim() == 2:
-        total.addmm_(vectors.T, vectors)
+        d = total.shape[0]
+        for start in range(0, d, TRIANGLE_BLOCK):
+            end = min(start + TRIANGLE_BLOCK, d)
+            total[start:, start:end].addmm_(vectors[:, start:].T, vectors[:, start:end])
     else:
         total += vectors.square().sum(0) if total.dim() == 1 else vectors.square().sum()
+
+
+def _mirror(total: Tensor) -> None:
+    """Fills the upper triangle of a sum that `_add_products` has made."""
+    if total.dim() == 2 and total.shape[0] > TRIANGLE_BLOCK:
+        total.copy_(total.tril() + total.tril(-1).T)
 
 
 def _trace(covariance: Tensor) -> Tensor:
