@@ -20,7 +20,7 @@ from onestep_peft.step.layers import Layer, LowRank
 
 name = "lora"
 directions = ("sgd", "sign", "muon", "lora_one", "kfac", "kfac_muon", "kfac_schatten")
-auto = ("kfac_schatten", "kfac_muon", "kfac")
+auto = ("kfac_schatten", "kfac")
 rank: int | None = 8
 
 # Inits that leave the base weights alone and need no data. The others change the base, so that the adapter would

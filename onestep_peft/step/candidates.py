@@ -26,8 +26,10 @@ from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import LayerStatistics, Statistics
 
-# The first step size tried moves the weights by this share of their norm.
-RELATIVE_START = 0.03
+# The first step size tried moves the weights by this share of their norm: where the best ones were on sms_spam,
+# ag_news and held-out training rows of other sets. `kfac` moves few layers far, the others all layers alike.
+RELATIVE_START = 0.05
+RELATIVE_STARTS = {"kfac": 0.1}
 
 
 class Ray(Protocol):
@@ -95,16 +97,17 @@ class Bundle:
 
     Args:
         rays: One a layer or parameter.
+        share: Of the norm of what moves that the first step tried moves it by.
 
     Attributes:
         start: The step size to try first.
     """
 
-    def __init__(self, rays: Sequence[Ray]) -> None:
+    def __init__(self, rays: Sequence[Ray], share: float) -> None:
         self._rays = rays
         weights = math.sqrt(sum(ray.weight**2 for ray in rays))
         length = math.sqrt(sum(ray.length**2 for ray in rays))
-        moved = RELATIVE_START * (weights or 1.0)  # weights that are all zero have no scale of their own
+        moved = share * (weights or 1.0)  # weights that are all zero have no scale of their own
         self.start = moved / length if length > 0 else moved
 
     def apply(self, step_size: float) -> float:
@@ -129,7 +132,8 @@ class Candidate:
 
     def __init__(self, name: str, rays: Mapping[Part, Sequence[Ray]]) -> None:
         self.name = name
-        self.parts = {part: Bundle(rays[part]) for part in PARTS if rays.get(part)}
+        share = RELATIVE_STARTS.get(rule_of(name), RELATIVE_START)
+        self.parts = {part: Bundle(rays[part], share) for part in PARTS if rays.get(part)}
 
     @property
     def first(self) -> Bundle:

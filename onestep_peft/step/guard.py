@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,3 +80,15 @@ def judge(before: Tensor, after: Tensor, *, confidence: float = 0.95, resamples:
     if probability < confidence:
         return Verdict(True, f"accepted, though the evidence is weak ({seen})", gain, probability)
     return Verdict(True, f"accepted ({seen})", gain, probability)
+
+
+def surely_worse(one: Tensor, other: Tensor) -> bool:
+    """Whether the mean of the first rows' losses is above the second's by more than two standard errors, paired.
+
+    Args:
+        one: `(rows,)`.
+        other: `(rows,)`, of the same rows.
+    """
+    excess = one.double() - other.double()
+    error = float(excess.std(correction=0)) / math.sqrt(len(excess))
+    return not float(excess.mean()) <= 2 * error

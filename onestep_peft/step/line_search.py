@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 FACTOR = 1.6
 # The most evaluations of one search.
 EVALUATIONS = 12
+# So many are made before a search can be given up.
+LOOKS = 2
 # And of the search for a further part of what moves, which starts from where the first part's ended.
 PART_EVALUATIONS = EVALUATIONS // 2
 # Forwards of single rows that several searches may take in any case: seconds for a small model.
@@ -48,7 +50,12 @@ def affordable(budget: int | None, pass_rows: int, held_rows: int) -> int:
 
 
 def search_step_size(
-    loss: Callable[[float], float], start: float, *, loss_at_zero: float, budget: int = EVALUATIONS
+    loss: Callable[[float], float],
+    start: float,
+    *,
+    loss_at_zero: float,
+    budget: int = EVALUATIONS,
+    hopeless: Callable[[], bool] = lambda: False,
 ) -> SearchResult:
     """Finds a step size that lowers `loss`.
 
@@ -62,6 +69,7 @@ def search_step_size(
         start: First step size to try, > 0.
         loss_at_zero: The loss before the step.
         budget: The most evaluations of `loss`, ≥ 1.
+        hopeless: Asked from the second evaluation on whether to go on is a waste.
     """
     result = SearchResult([(0.0, loss_at_zero)])
 
@@ -70,6 +78,8 @@ def search_step_size(
 
     look(start)
     while len(result.points) < budget:
+        if len(result.points) > LOOKS and hopeless():
+            return result
         tried = [step_size for step_size, _ in result.points[1:]]
         best = result.best[0]
         if best == max(tried):

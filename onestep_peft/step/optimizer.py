@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onestep_peft.step import processes
 from onestep_peft.step.candidates import Bundle, Candidate, Evidence, build_candidates
-from onestep_peft.step.guard import cross_fitted, judge
+from onestep_peft.step.guard import cross_fitted, judge, surely_worse
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import PART_EVALUATIONS, SearchResult, search_step_size
 from onestep_peft.step.parameter_gradients import ParameterGradients
@@ -237,7 +237,11 @@ class OneStepOptimizer(torch.optim.Optimizer):
             if fixed is None:
                 first = candidate.first
                 loss = self._loss_along(first, candidate.name, trials)
-                result = search_step_size(loss, first.start * scale, loss_at_zero=before)
+                found, known = _best(trials) if searched else None, len(trials)
+                result = search_step_size(
+                    loss, first.start * scale, loss_at_zero=before,
+                    hopeless=lambda: found is not None and surely_worse(_best(trials[known:]), found),
+                )  # fmt: skip
                 scale = result.best[0] / first.start or scale
             else:
                 loss = self._loss_along(candidate, candidate.name, trials)
@@ -293,6 +297,11 @@ class OneStepOptimizer(torch.optim.Optimizer):
             step_size, outcome.loss_after = result.best
             part.apply(step_size)
             outcome.parts.append((name, result))
+
+
+def _best(trials: Sequence[Tensor]) -> Tensor:
+    """The losses of the trial with the lowest mean."""
+    return min(trials, key=lambda losses: float(losses.mean().nan_to_num(math.inf)))
 
 
 def _below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
