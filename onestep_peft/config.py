@@ -40,6 +40,8 @@ class OneStepConfig(TrainingArguments):
             as fit, and always one. None for 20,000 or twice the work of the pass, whichever is more.
         fit_head: Whether to fit a freshly initialised head first. "auto": whenever there is one, except for the
             plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
+        head_folds: The pass takes each row's residual from a head that was fitted without it: the rows are dealt into
+            so many folds, and each fold's head is fitted to the others. 1 for the one fitted head.
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
         search_rows_max: The most rows that are held out of the training set.
         guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
@@ -69,6 +71,9 @@ class OneStepConfig(TrainingArguments):
         default=None, metadata={"help": "Forwards of rows that the search of auto may take."}
     )
     fit_head: str | bool = field(default="auto", metadata={"help": "Fit a fresh head first: auto, true or false."})
+    head_folds: int = field(
+        default=5, metadata={"help": "Folds of the rows, whose residuals come from heads fitted to the others (1: no)."}
+    )
     search_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows held out."})
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
     guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
@@ -94,6 +99,7 @@ class OneStepConfig(TrainingArguments):
         self._check_direction()
         self._check_step()
         _check_range("damping", self.damping, 0, None, "0.1")
+        _check_range("head_folds", self.head_folds, 1, None, "5", whole=True)
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
         _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)

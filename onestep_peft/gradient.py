@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -110,7 +111,8 @@ class ExactGradientTrainer(Trainer):
         in_pass = model.training
         if in_pass:
             without_dropout(model)
-        logits = logits_for(model, {name: value for name, value in inputs.items() if name != "labels"})
+        with self.head_of_the_pass(self._places(len(labels))) if in_pass else contextlib.nullcontext():
+            logits = logits_for(model, {name: value for name, value in inputs.items() if name != "labels"})
         losses, items = self.task.row_losses(logits, labels), self.task.row_items(labels).sum()
         loss = losses.sum()
         if in_pass:
@@ -123,6 +125,14 @@ class ExactGradientTrainer(Trainer):
             self.observe(logits, labels, losses, self.task.row_items(labels))
             loss = loss / items  # NaN where nothing is labelled
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def head_of_the_pass(self, places: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """What stands in for the head while a micro-batch of the pass, rows at these places of it, goes forward."""
+        return contextlib.nullcontext()
+
+    def _places(self, rows: int) -> list[int]:
+        """Where in the pass the next rows of this process stand."""
+        return [processes.dealt(self._cursor + i, self._train_batch_size) for i in range(rows)]
 
     def observe(self, logits: Tensor, labels: Tensor, losses: Tensor, items: Tensor) -> None:
         """Sees every batch that is scored: the rows' losses `(rows,)` and their numbers of items."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,79 +219,99 @@ def fit(
 
     x, labels = _labelled(x, labels, task)
     held_out = _labelled(*held_out, task) if held_out is not None else None
-    mean = x.double().mean(0) if bias else torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    scale = (x.double() - mean).square().mean(0).sqrt().clamp_min(1e-6)
-
-    def standardised(features: Tensor) -> Tensor:
-        return (features.double() - mean) / scale
-
-    def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return task.row_losses(logits, labels).mean()
-
-    def minimised(weight: Tensor, offset: Tensor, penalty: float, tolerance: float) -> tuple[Tensor, Tensor]:
-        return _minimise(lambda logits: mean_loss(logits, labels), z, weight, offset, penalty, bias, tolerance)
-
-    def held_out_loss(weight: Tensor, offset: Tensor) -> float | None:
-        if held_out is None:
-            return None
-        return float(mean_loss(standardised(held_out[0]) @ weight.T + offset, held_out[1]))
-
-    z = standardised(x)
-    weight = torch.zeros(outputs, x.shape[1], dtype=torch.float64, device=x.device)
-    offset = torch.zeros(outputs, dtype=torch.float64, device=x.device)
-    best: tuple[float | None, float, Tensor, Tensor] | None = None
+    problem = _Problem(x, labels, task, bias)
+    solution = problem.zero(outputs)
+    best: tuple[float | None, float, _Solution] | None = None
     rises = 0
     for penalty in PENALTIES if held_out is not None else (1 / len(x),):
-        weight, offset = minimised(weight, offset, penalty, ROUGH)
-        loss = held_out_loss(weight, offset)
+        solution = problem.minimised(solution, penalty, ROUGH)
+        loss = problem.loss(solution, *held_out) if held_out is not None else None
         if best is None or loss is None or loss < (best[0] or 0.0):
-            best, rises = (loss, penalty, weight, offset), 0
+            best, rises = (loss, penalty, solution), 0
         else:
             rises += 1
             if rises == 2:
                 break
     assert best is not None
-    _, penalty, weight, offset = best
-    weight, offset = minimised(weight, offset, penalty, CONVERGED)
-    loss = held_out_loss(weight, offset)
-    weight = weight / scale
-    return HeadFit(weight, offset - weight @ mean if bias else None, penalty, loss)
+    _, penalty, solution = best
+    solution = problem.minimised(solution, penalty, CONVERGED)
+    loss = problem.loss(solution, *held_out) if held_out is not None else None
+    return HeadFit(*problem.installed(solution), penalty, loss)
+
+
+def refit(x: Tensor, labels: Tensor, start: HeadFit, task: Task = TEXT_CLASSIFICATION) -> HeadFit:
+    """The same fit to other items at a known penalty, from a known head on.
+
+    Args:
+        x: `(items, d)`.
+        labels: `(items,)`, or `(items, outputs)`.
+        start: Gives the penalty, and where to begin.
+    """
+    x, labels = _labelled(x, labels, task)
+    problem = _Problem(x, labels, task, start.bias is not None)
+    solution = problem.minimised(problem.standardised(start), start.penalty, ROUGH)
+    return HeadFit(*problem.installed(solution), start.penalty, None)
+
+
+_Solution = tuple[Tensor, Tensor]  # weight `(outputs, d)` and offset `(outputs,)`, for standardised features
+
+
+class _Problem:
+    """The mean loss of some items as a function of a head, in standardised features and float64."""
+
+    def __init__(self, x: Tensor, labels: Tensor, task: Task, bias: bool) -> None:
+        self._labels, self._task, self._bias = labels, task, bias
+        self._mean = x.double().mean(0) if bias else torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        self._scale = (x.double() - self._mean).square().mean(0).sqrt().clamp_min(1e-6)
+        self._z = (x.double() - self._mean) / self._scale
+
+    def zero(self, outputs: int) -> _Solution:
+        return self._z.new_zeros(outputs, self._z.shape[1]), self._z.new_zeros(outputs)
+
+    def standardised(self, fitted: HeadFit) -> _Solution:
+        weight = fitted.weight.double()
+        offset = weight @ self._mean + fitted.bias if fitted.bias is not None else weight.new_zeros(len(weight))
+        return weight * self._scale, offset
+
+    def installed(self, solution: _Solution) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias for features as they are."""
+        weight, offset = solution
+        weight = weight / self._scale
+        return weight, offset - weight @ self._mean if self._bias else None
+
+    def loss(self, solution: _Solution, x: Tensor, labels: Tensor) -> float:
+        weight, offset = solution
+        logits = ((x.double() - self._mean) / self._scale) @ weight.T + offset
+        return float(self._task.row_losses(logits, labels).mean())
+
+    def minimised(self, start: _Solution, penalty: float, tolerance: float) -> _Solution:
+        """By L-BFGS from a start, until no entry of the gradient is above the tolerance."""
+        weight, offset = start[0].clone().requires_grad_(), start[1].clone().requires_grad_(self._bias)
+        solver = torch.optim.LBFGS(
+            [weight, offset] if self._bias else [weight],
+            max_iter=300,
+            history_size=20,
+            tolerance_grad=tolerance,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            losses = self._task.row_losses(self._z @ weight.T + offset, self._labels)
+            loss = losses.mean() + penalty / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            solver.step(closure)
+        return weight.detach(), offset.detach()
 
 
 def _labelled(x: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     # A token is an item by itself here, so a task by tokens counts as one by rows.
     known = labels.ne(UNLABELLED) if task.by_token else task.row_items(labels) > 0
     return x[known], labels[known]
-
-
-def _minimise(
-    loss_of: Callable[[Tensor], Tensor],
-    z: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    penalty: float,
-    bias: bool,
-    tolerance: float,
-) -> tuple[Tensor, Tensor]:
-    weight, offset = weight.clone().requires_grad_(), offset.clone().requires_grad_(bias)
-    solver = torch.optim.LBFGS(
-        [weight, offset] if bias else [weight],
-        max_iter=300,
-        history_size=20,
-        tolerance_grad=tolerance,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = loss_of(z @ weight.T + offset) + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        solver.step(closure)
-    return weight.detach(), offset.detach()
 
 
 @torch.no_grad()

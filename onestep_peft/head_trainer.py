@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from onestep_peft import head
+from onestep_peft import head, out_of_fold
 from onestep_peft.callbacks import StepProgress
 from onestep_peft.config import OneStepConfig
 from onestep_peft.gradient import not_finite
 from onestep_peft.held_out import HeldOut, by_content, listed, padded, select
 from onestep_peft.hub.sharing import SharingTrainer
+from onestep_peft.out_of_fold import FoldHeads
 from onestep_peft.preparation import Adapted
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import StepOutcome
@@ -30,6 +32,8 @@ class HeadTrainer(SharingTrainer):
     adapted: Adapted
     held_out: HeldOut | None
     _progress: StepProgress | None
+    _fold_heads: FoldHeads | None = None
+    _folds: Tensor | None = None
 
     @property
     def bare_model(self) -> nn.Module:
@@ -53,8 +57,10 @@ class HeadTrainer(SharingTrainer):
             raise ValueError("`fit_head=True`, but the model has no freshly initialised head. Leave it out.")
         return self.adapted.head is not None and (not config.is_plain if wanted == "auto" else bool(wanted))
 
-    def fit_head(self) -> None:
+    def fit_head(self, *, install: bool = True) -> head.HeadFit:
         """Fits the head to the rows of the pass, or a sample of their tokens, and installs it.
+
+        The next pass takes its residuals from heads that are fitted to all folds of the rows but one.
 
         Raises:
             ValueError: A feature that is not finite, with the rows it comes from.
@@ -73,13 +79,53 @@ class HeadTrainer(SharingTrainer):
         if self.held_out is not None:
             held_features = head.features(self.bare_model, layer, self.held_out.batches).gathered()
             held = held_features.x, held_features.labels
+        folds = self._folds_of(found, numbers)
         found = found.gathered()
         fitted = head.fit(
             found.x, found.labels, held_out=held, outputs=layer.out_features, bias=layer.bias is not None,
             task=self.task,
         )  # fmt: skip
-        head.install(layer, fitted)
-        processes.broadcast(layer.parameters())
+        if install:
+            head.install(layer, fitted)
+            processes.broadcast(layer.parameters())
+        self._fold_heads = out_of_fold.fit(found, folds, fitted, self.task) if folds is not None else None
+        return fitted
+
+    def _folds_of(self, found: head.Features, numbers: Sequence[int]) -> Tensor | None:
+        """The folds of all processes' items, `(items,)`; None where there is one fold only.
+
+        Args:
+            found: This process' items.
+            numbers: Places in the pass of the rows that all processes' items come from.
+        """
+        if cast(OneStepConfig, self.args).head_folds < 2:
+            return None
+        rows = [processes.dealt(row, self.args.eval_batch_size) for row in found.rows.tolist()]
+        places = [numbers[min(row, len(numbers) - 1)] for row in rows]  # rows behind the last have no labels
+        return processes.gathered(self._fold_of_rows(places).to(found.x.device))
+
+    def _fold_of_rows(self, places: Sequence[int]) -> Tensor:
+        """The folds of rows at these places of the pass, `(rows,)`."""
+        if self._folds is None:
+            folds = cast(OneStepConfig, self.args).head_folds
+            self._folds = out_of_fold.fold_of_each(listed(self.train_dataset), folds)
+        return self._folds[torch.tensor(places).clamp_max(len(self._folds) - 1)]
+
+    def head_of_the_pass(self, places: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """For each row the head that was fitted without its fold."""
+        if self._fold_heads is None:
+            return super().head_of_the_pass(places)
+        assert self.adapted.head is not None
+        layer = head.active(self.bare_model, self.adapted.head)
+        return self._fold_heads.answering(layer, self._fold_of_rows(places))
+
+    def fixed_in_the_pass(self) -> dict[str, Tensor]:
+        """The heads of the folds."""
+        return {} if self._fold_heads is None else self._fold_heads.tensors()
+
+    def take_up_fixed(self, named: Mapping[str, Tensor]) -> None:
+        """The heads of the folds, where there were any."""
+        self._fold_heads = FoldHeads.among(named)
 
     def _head_rows(self) -> list[int]:
         """Places in the pass of the rows that the head is fitted to: all, unless they have too many tokens.

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,6 +61,13 @@ class ResumableTrainer(ExactGradientTrainer):
     def settings_of_the_run(self) -> dict[str, Any]:
         """What the update and the report depend on, beside rows and model; as JSON takes it."""
         raise NotImplementedError
+
+    def fixed_in_the_pass(self) -> dict[str, Tensor]:
+        """What was worked out before the pass and is neither a parameter nor a sum, by name."""
+        return {}
+
+    def take_up_fixed(self, named: Mapping[str, Tensor]) -> None:
+        """Takes over what `fixed_in_the_pass` returned, from among other tensors."""
 
     @contextlib.contextmanager
     def resumable(self) -> Iterator[None]:
@@ -153,6 +160,7 @@ class ResumableTrainer(ExactGradientTrainer):
             self._unfinished = None
             self.one_step.load_sums(sums)
             self._loss_sum = sums["loss"].to(self.args.device)
+            self.take_up_fixed(sums)
             self.pass_seconds = self.seconds["pass"]
         if self._state is not None:
             self._state.step = self.state.global_step
@@ -198,7 +206,8 @@ class ResumableTrainer(ExactGradientTrainer):
         # Until the step moves them, the parameters are what they were at its start.
         start = {str(i): parameter for i, parameter in enumerate(self.trainable())}
         try:
-            pass_state.save(self._folder, state, start, {**self.one_step.sums(), "loss": self._loss_sum})
+            sums = {**self.one_step.sums(), "loss": self._loss_sum, **self.fixed_in_the_pass()}
+            pass_state.save(self._folder, state, start, sums)
         except OSError as error:
             warnings.warn(f"The pass goes on, but cannot be saved to {self._folder}: {error}", stacklevel=2)
             self._state = None

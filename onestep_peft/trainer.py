@@ -204,7 +204,7 @@ class OneStepTrainer(SavingTrainer):
         """
         self.check_free(Path(self._config.output_dir or "."))
         self.report = StepReport()
-        self.optimizer, self._head_done = None, False
+        self.optimizer, self._head_done, self._fold_heads, self._folds = None, False, None, None
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
         self._before: Snapshot | None = None
@@ -233,8 +233,12 @@ class OneStepTrainer(SavingTrainer):
         self.held_out = self._make_held_out()
         self.check_target()
         self._head_done = True
-        if self.resume_run(self.bare_model, self.adapted.fresh) or self.state.global_step > 0:
-            return  # the head was fitted before the first step
+        if self.resume_run(self.bare_model, self.adapted.fresh):
+            return
+        if self.state.global_step > 0:  # from Trainer's checkpoint, which has the head, but not those of the folds
+            if self.fits_head():
+                self.fit_head(install=False)
+            return
         self.measure("base")
         if self.fits_head():
             with self.clock("head"):
@@ -303,7 +307,7 @@ class OneStepTrainer(SavingTrainer):
     def settings_of_the_run(self) -> dict[str, Any]:
         """What the update and the report depend on, beside rows and model."""
         names = (
-            "fit_head", "seed", "bf16", "activation_checkpointing", "damping", "rank", "step_size", "guard",
+            "fit_head", "head_folds", "seed", "bf16", "activation_checkpointing", "damping", "rank", "step_size", "guard",
             "guard_confidence",
         )  # fmt: skip
         config = self._config

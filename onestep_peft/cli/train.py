@@ -65,7 +65,7 @@ GROUPS = {
     "the rows": [],
     "what moves": ["method", *OWNERS],
     "the step": [
-        "direction", "step_size", "max_steps", "stop_at", "damping", "rank", "search_budget", "fit_head",
+        "direction", "step_size", "max_steps", "stop_at", "damping", "rank", "search_budget", "fit_head", "head_folds",
         "search_fraction", "search_rows_max", "guard", "guard_confidence",
     ],
     "the machine": [

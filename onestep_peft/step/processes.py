@@ -22,6 +22,12 @@ def rank() -> int:
     return dist.get_rank() if number() > 1 else 0
 
 
+def dealt(place: int, batch_size: int) -> int:
+    """Where a row of this process stands among all rows, which are dealt out in turn, a batch at a time."""
+    batch, within = divmod(place, batch_size)
+    return (batch * number() + rank()) * batch_size + within
+
+
 @torch.no_grad()
 def sum_over(tensors: Iterable[Tensor]) -> None:
     """Replaces each tensor by its sum over the processes, the same bits in all of them."""
