@@ -1,0 +1,109 @@
+"""What people would use instead: AdamW in Trainer on a LoRA of rank 8, from a random and from the fitted head."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, LoraGAConfig, get_peft_model
+from peft.tuners.lora import preprocess_loraga
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+from onestep_peft import head
+
+from .settings import MAX_LENGTH, Setting
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RANK = 8
+# Every linear layer of the encoder; PEFT adds the head to what is trained.
+TARGETS = r".*encoder.*\.(query|key|value|dense)"
+
+
+def adamw(setting: Setting, rate: float, epochs: int, fitted: bool = False) -> dict[str, Any]:
+    """LoRA and head by AdamW with Trainer's defaults (linear decay, batches of 16).
+
+    Args:
+        fitted: Whether to begin from the head that one step begins from.
+    """
+    model, tokenizer = setting.model(), setting.tokenizer()
+    peft = get_peft_model(model, _lora())
+    seconds: dict[str, float] = {}
+    if fitted:
+        began = time.perf_counter()
+        fit_head(setting, peft, tokenizer)
+        seconds["head"] = time.perf_counter() - began
+    return trained(setting, peft, tokenizer, rate, epochs, seconds=seconds)
+
+
+def loraga(setting: Setting, rate: float, steps: int = -1) -> dict[str, Any]:
+    """PEFT's LoRA-GA initialisation from all training rows, then an epoch, or so many steps, of AdamW."""
+    model, tokenizer = setting.model(), setting.tokenizer()
+    rows = tokenised(setting.train(), tokenizer)
+    collate = DataCollatorWithPadding(tokenizer)
+    fit_head(setting, model, tokenizer)
+
+    def walk() -> None:
+        with torch.enable_grad():
+            for start in range(0, len(rows), 16):
+                model(**collate([rows[i] for i in range(start, min(start + 16, len(rows)))])).loss.backward()
+
+    began = time.perf_counter()
+    config = _lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    preprocess_loraga(model, config, walk)
+    peft = get_peft_model(model, config)
+    return trained(
+        setting, peft, tokenizer, rate, 1, steps=steps, seconds={"initialisation": time.perf_counter() - began}
+    )
+
+
+def _lora(**options: Any) -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, task_type="SEQ_CLS", **options)
+
+
+def trained(
+    setting: Setting, model: Any, tokenizer: Any, rate: float, epochs: int, *, steps: int = -1, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Trains in Trainer, and scores the search and the test rows."""
+    rows = tokenised(setting.train(), tokenizer)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        arguments = TrainingArguments(
+            folder, num_train_epochs=epochs, max_steps=steps, learning_rate=rate, per_device_train_batch_size=16,
+            per_device_eval_batch_size=32, seed=setting.seed, report_to="none", disable_tqdm=True, save_strategy="no",
+            logging_strategy="no",
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer), rows)
+        began = time.perf_counter()
+        trainer.train()
+        seconds["train"] = time.perf_counter() - began
+        scored = {
+            name: setting.scores(*trainer.predict(tokenised(some, tokenizer))[:2])
+            for name, some in (("search", setting.search()), ("test", setting.test()))
+        }
+    walked = len(rows) * epochs if steps < 0 else 16 * steps
+    return {**scored, "seconds": {**seconds, "total": sum(seconds.values())}, "forwards": 3 * walked}
+
+
+def tokenised(rows: list[dict[str, Any]], tokenizer: Any) -> Dataset:
+    tokens = tokenizer([row["text"] for row in rows], truncation=True, max_length=MAX_LENGTH)
+    return Dataset.from_dict({**dict(tokens), "labels": [row["label"] for row in rows]})
+
+
+def fit_head(setting: Setting, model: Any, tokenizer: Any) -> None:
+    """The head that one step begins from: logistic regression on the frozen encoder."""
+    layer = head.active(model, "classifier")
+    collate = DataCollatorWithPadding(tokenizer)
+
+    def found(rows: list[dict[str, Any]]) -> head.Features:
+        tokens = tokenised(rows, tokenizer).sort("labels")
+        return head.features(
+            model, layer, (collate([tokens[i] for i in range(s, min(s + 32, len(tokens)))]) for s in range(0, len(tokens), 32))
+        )  # fmt: skip
+
+    train, held = found(setting.train()), found(setting.search())
+    fitted = head.fit(train.x, train.labels, held_out=(held.x, held.labels), outputs=layer.out_features, bias=True)
+    head.install(layer, fitted)

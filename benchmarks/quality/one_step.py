@@ -1,0 +1,63 @@
+"""One step, and what else this package does from one pass."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import EvalPrediction
+
+from onestep_peft import OneStepConfig, OneStepTrainer
+
+from .settings import MAX_LENGTH, Setting
+
+RANK = 8
+
+
+def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str, Any]:
+    """A run with defaults, or with these options of the config; the score of the head alone comes with it."""
+    stages: list[dict[str, Any]] = []
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        stages.append(setting.scores(prediction.predictions, prediction.label_ids))
+        return {"score": stages[-1]["score"]}
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = OneStepTrainer(
+            model=setting.model(),
+            args=OneStepConfig(
+                output_dir=folder, method=method, seed=setting.seed, disable_tqdm=True, report_to="none",
+                max_length=MAX_LENGTH, **options,
+            ),
+            train_dataset=Dataset.from_list(setting.train()),
+            search_dataset=Dataset.from_list(setting.search()),
+            eval_dataset=Dataset.from_list(setting.test()),
+            processing_class=setting.tokenizer(),
+            peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK) if method == "lora" else None,
+            compute_metrics=compute_metrics,
+        )  # fmt: skip
+        trainer.train()
+    report = trainer.report
+    return {
+        "head": stages[1],
+        "test": stages[-1],
+        "accepted": [step["accepted"] for step in report.steps],
+        "directions": [step["direction"] for step in report.steps],
+        "seconds": report.seconds,
+        "forwards": forwards(report),
+    }
+
+
+def forwards(report: Any) -> int:
+    """Forwards of single rows that the run took; a row of the pass counts three, a head's row one."""
+    rows, held = report.rows["gradient"], max(report.rows["search"], report.rows["guard"])
+    total = rows + 2 * held  # the first head, and the check of the held-out rows
+    for step in report.steps:
+        searches = [*step["candidates"], *step.get("parts", ())]
+        total += 3 * rows + held * sum(len(search["points"]) for search in searches)
+        total += rows + 2 * held if step["accepted"] else 0  # the head once more
+    return total
