@@ -15,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results_file import Results
-from transformers.utils import logging
-
 from quality import baselines, one_step
 from quality.settings import Setting
+from results_file import Results
+from transformers.utils import logging
 
 SMALL_SETS = ("trec6", "sst2", "banking77", "legal_unfair_tos", "medical_abstracts")
 LARGE_SETS = ("sst2", "ag_news")

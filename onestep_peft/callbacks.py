@@ -23,6 +23,9 @@ class StepCallback(TrainerCallback):
     def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self._trainer.begin_run()
 
+    def on_epoch_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        self._trainer.begin_epoch()
+
     def on_step_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self._trainer.begin_pass()
 

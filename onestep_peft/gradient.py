@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onestep_peft.held_out import padded
+from onestep_peft.config import OneStepConfig
+from onestep_peft.held_out import listed, padded
 from onestep_peft.rows import Tokeniser
+from onestep_peft.slices import SlicedRows
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
@@ -24,7 +26,7 @@ SHOWN_ROWS = 10
 
 
 class ExactGradientTrainer(Trainer):
-    """A Trainer whose every optimizer step sees the gradient of the mean loss over all rows.
+    """A Trainer whose every optimizer step sees the gradient of the mean loss over all rows, or all of a slice of them.
 
     Micro-batches add up *sums* of losses; after the last one everything is divided once by the number of items. So
     batch sizes, uneven tails and rows without labels change nothing.
@@ -39,7 +41,13 @@ class ExactGradientTrainer(Trainer):
     pass_seconds = 0.0
     _cursor = 0
     _loss_sum = torch.zeros(())
+    _sliced: SlicedRows | None = None
     _pass_began = 0.0
+
+    @property
+    def slices(self) -> int:
+        """How many steps a walk through the rows makes."""
+        return cast(OneStepConfig, self.args).slices
 
     @property
     def one_step(self) -> OneStepOptimizer:
@@ -51,6 +59,11 @@ class ExactGradientTrainer(Trainer):
         """Counts rows from the first one again."""
         self._cursor = 0
 
+    def begin_epoch(self) -> None:
+        """Before Trainer reads the rows of a step."""
+        if self._sliced is not None:
+            self._sliced.current = self.state.global_step % self.slices
+
     def begin_pass(self) -> None:
         """Before the first micro-batch of a step."""
         self.one_step.begin_pass()
@@ -61,7 +74,8 @@ class ExactGradientTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer; several processes get as many full micro-batches each, the last rows without labels."""
         rows: Any = self.train_dataset
-        self.train_dataset = padded(rows, self._train_batch_size)
+        self._sliced = SlicedRows(rows, listed(rows), self.slices, self._train_batch_size) if self.slices > 1 else None
+        self.train_dataset = self._sliced or padded(rows, self._train_batch_size)
         try:
             return super().get_train_dataloader()
         finally:
@@ -131,8 +145,11 @@ class ExactGradientTrainer(Trainer):
         return contextlib.nullcontext()
 
     def _places(self, rows: int) -> list[int]:
-        """Where in the pass the next rows of this process stand."""
-        return [processes.dealt(self._cursor + i, self._train_batch_size) for i in range(rows)]
+        """Where in the pass the next rows of this process stand; those behind the last stand where the last does."""
+        places = [processes.dealt(self._cursor + i, self._train_batch_size) for i in range(rows)]
+        if self._sliced is not None:
+            return [self._sliced.row(place) for place in places]
+        return [min(place, len(self.pass_rows) - 1) for place in places]
 
     def observe(self, logits: Tensor, labels: Tensor, losses: Tensor, items: Tensor) -> None:
         """Sees every batch that is scored: the rows' losses `(rows,)` and their numbers of items."""
@@ -141,7 +158,8 @@ class ExactGradientTrainer(Trainer):
         """Rows of the current micro-batch as the user counts them."""
         if self.accelerator.num_processes > 1:
             return f"{len(positions)} rows"
-        return self.named([self.pass_rows[self._cursor + position] for position in positions], "train_dataset")
+        places = self._places(max(positions) + 1)
+        return self.named([self.pass_rows[places[position]] for position in positions], "train_dataset")
 
     def named(self, rows: Sequence[int], name: str) -> str:
         """Rows of a set, by the numbers that they had when they were handed over."""

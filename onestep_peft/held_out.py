@@ -108,11 +108,15 @@ class _Padded(TorchDataset):
             raise IndexError(i)  # what ends an iteration
         if i < len(self._rows):
             return self._rows[i]
-        row = dict(self._rows[len(self._rows) - 1])
-        labels = torch.as_tensor(row["labels"])
-        # To a regression -100 is a number.
-        row["labels"] = torch.full_like(labels, float("nan") if labels.is_floating_point() else UNLABELLED).tolist()
-        return row
+        return without_labels(self._rows[len(self._rows) - 1])
+
+
+def without_labels(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a row that has no loss."""
+    labels = torch.as_tensor(row["labels"])
+    # To a regression -100 is a number.
+    none = torch.full_like(labels, float("nan") if labels.is_floating_point() else UNLABELLED)
+    return {**row, "labels": none.tolist()}
 
 
 def padded(rows: Any, batch_size: int) -> Any:

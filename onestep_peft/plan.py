@@ -269,16 +269,16 @@ def _points(config: OneStepConfig, layers: Sequence[Layer | Prompt], directions:
 
 
 def _forwards(config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool) -> dict[str, int]:
-    held, steps = max(rows["search"], rows["guard"]), config.max_steps
+    held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // config.slices
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
     # One look whether all losses are finite; before each step; at each point; and after the head was fitted again.
-    looks = 1 + steps * (1 + points + int(fits_head))
+    looks = 1 + steps * (1 + points) + walks * int(fits_head)
     if config.stop_at is not None:
-        looks += 1 + steps
+        looks += 1 + walks
     stages = 3 if fits_head else 2
     return {
-        "pass": (PASS_FORWARDS + recomputed) * rows["gradient"] * steps,
+        "pass": (PASS_FORWARDS + recomputed) * rows["gradient"] * walks,
         "search": looks * held,
-        "head": (rows["gradient"] + held) * (1 + steps) * int(fits_head),
+        "head": (rows["gradient"] + held) * (1 + walks) * int(fits_head),
         "evaluation": (rows["evaluation"] or held) * stages,
     }

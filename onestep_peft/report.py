@@ -44,8 +44,8 @@ class StepReport:
         peak_memory_bytes: The most memory held: of the accelerator, or of the process on the CPU.
         steps: One entry a step: "direction", "step_size", "candidates" (each with the points [step size, loss] that
             the search saw), "loss_before", "loss_after" (means over held-out rows, nats), "accepted", "reason",
-            "energy_lost" (share of the update's squared norm that the adapter's rank could not hold) and
-            "head_refitted" (whether the head was fitted again after the step, since held-out rows gained by it).
+            "share_moved" (the update's norm by that of the weights), "energy_lost" (share of the update's squared norm
+            that the adapter's rank could not hold) and "head_refitted" (whether the head was fitted again after the step, since held-out rows gained by it).
         datasets: Ids on the Hub by what their rows did: "train", "search", "evaluation". Rows do not say where they
             come from: the command fills this in; in Python, set it before `save_model`.
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted; None where it had none) and "after".
@@ -237,6 +237,7 @@ def step_record(outcome: StepOutcome) -> dict[str, Any]:
         "accepted": outcome.accepted,
         "reason": outcome.reason,
         "energy_lost": outcome.energy_lost,
+        "share_moved": outcome.share_moved,
         "parts": [{"part": name, "points": [list(point) for point in result.points]} for name, result in outcome.parts],
         "head_refitted": outcome.head_refitted,
     }

@@ -36,6 +36,7 @@ from onestep_peft.report import StepReport, peak_memory, step_record
 from onestep_peft.rows import Sets
 from onestep_peft.saving import check_folder
 from onestep_peft.saving_trainer import SavingTrainer
+from onestep_peft.slices import check_slices
 from onestep_peft.step import processes
 from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
@@ -102,6 +103,7 @@ class OneStepTrainer(SavingTrainer):
         task: str | None = None,
     ) -> None:
         config = OneStepConfig.upcast(args)
+        config.max_steps *= config.slices
         set_seed(config.seed)  # before the model is loaded and the adapter drawn
         check_folder(Path(config.output_dir or "."))
         if train_dataset is None:
@@ -128,6 +130,7 @@ class OneStepTrainer(SavingTrainer):
         self.tokenise = prepared.tokenise
         self.task, self._template_config = prepared.task, config_of(cast(nn.Module, prepared.model))
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
+        check_slices(config.slices, len(self._split.pass_rows))
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]
         self._metric_names.append(getattr(compute_metrics, "__qualname__", ""))
@@ -250,10 +253,12 @@ class OneStepTrainer(SavingTrainer):
         outcome = self.one_step.outcomes[-1]
         for part, seconds in outcome.seconds.items():
             self.seconds[part] += seconds
-        if outcome.accepted and self.held_out is not None and self.fits_head():
+        walk = self.one_step.outcomes[-self.slices :] if self.state.global_step % self.slices == 0 else []
+        moved = any(one.accepted for one in walk)
+        if moved and self.held_out is not None and self.fits_head():
             with self.clock("head"):
                 self.refit_head(outcome)
-        return not outcome.accepted or self.reached_target()
+        return bool(walk) and (not moved or self.reached_target())
 
     # The step
 
@@ -263,7 +268,7 @@ class OneStepTrainer(SavingTrainer):
             config, layers = self._config, self.layers()
             settings = StepSettings(
                 self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
-                config.guard_confidence,
+                config.guard_confidence, settled=config.slices > 1,
             )  # fmt: skip
             whitened = not WHITENED.isdisjoint(map(rule_of, self.directions))
             self.optimizer = OneStepOptimizer(
@@ -307,8 +312,8 @@ class OneStepTrainer(SavingTrainer):
     def settings_of_the_run(self) -> dict[str, Any]:
         """What the update and the report depend on, beside rows and model."""
         names = (
-            "fit_head", "head_folds", "seed", "bf16", "activation_checkpointing", "damping", "rank", "step_size", "guard",
-            "guard_confidence",
+            "fit_head", "head_folds", "slices", "seed", "bf16", "activation_checkpointing", "damping", "rank",
+            "step_size", "guard", "guard_confidence",
         )  # fmt: skip
         config = self._config
         return {

@@ -66,7 +66,14 @@ def _lora(**options: Any) -> LoraConfig:
 
 
 def trained(
-    setting: Setting, model: Any, tokenizer: Any, rate: float, epochs: int, *, steps: int = -1, seconds: dict[str, float]
+    setting: Setting,
+    model: Any,
+    tokenizer: Any,
+    rate: float,
+    epochs: int,
+    *,
+    steps: int = -1,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Trains in Trainer, and scores the search and the test rows."""
     rows = tokenised(setting.train(), tokenizer)

@@ -32,6 +32,11 @@ RELATIVE_START = 0.05
 RELATIVE_STARTS = {"kfac": 0.1}
 
 
+def share_at_start(direction: str) -> float:
+    """By which share of the weights' norm a search for this direction first moves them."""
+    return RELATIVE_STARTS.get(rule_of(direction), RELATIVE_START)
+
+
 class Ray(Protocol):
     """One direction of one part of the model.
 
@@ -132,8 +137,7 @@ class Candidate:
 
     def __init__(self, name: str, rays: Mapping[Part, Sequence[Ray]]) -> None:
         self.name = name
-        share = RELATIVE_STARTS.get(rule_of(name), RELATIVE_START)
-        self.parts = {part: Bundle(rays[part], share) for part in PARTS if rays.get(part)}
+        self.parts = {part: Bundle(rays[part], share_at_start(name)) for part in PARTS if rays.get(part)}
 
     @property
     def first(self) -> Bundle:

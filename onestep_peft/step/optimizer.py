@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onestep_peft.step import processes
-from onestep_peft.step.candidates import Bundle, Candidate, Evidence, build_candidates
+from onestep_peft.step.candidates import Bundle, Candidate, Evidence, build_candidates, share_at_start
 from onestep_peft.step.guard import cross_fitted, judge, surely_worse
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import PART_EVALUATIONS, SearchResult, search_step_size
@@ -36,6 +36,7 @@ class StepSettings:
         rank: The most that an update's rank may be; None leaves it to each layer.
         guard: Whether held-out rows may refuse the step.
         guard_confidence: Share of resamples that must agree before the evidence counts as strong.
+        settled: Whether the direction that the first step takes holds for the later ones.
     """
 
     directions: Sequence[str]
@@ -44,6 +45,7 @@ class StepSettings:
     rank: int | None
     guard: bool
     guard_confidence: float
+    settled: bool = False
 
 
 @dataclass
@@ -61,6 +63,7 @@ class StepOutcome:
     accepted: bool
     reason: str
     energy_lost: float = 0.0
+    share_moved: float = 0.0
     parts: list[tuple[str, SearchResult]] = field(default_factory=list)
     head_refitted: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
@@ -184,7 +187,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
         before = Snapshot(self._parameters)
         evidence = Evidence(self.layers, self.statistics, self.gradients, before)
         settings = self.settings
-        candidates = build_candidates(evidence, settings.directions, damping=settings.damping, rank=settings.rank)
+        names = [self.outcomes[-1].direction] if settings.settled and self.outcomes else settings.directions
+        candidates = build_candidates(evidence, names, damping=settings.damping, rank=settings.rank)
         clock.lap("directions")
         if not candidates:
             self.outcomes.append(self._nothing_to_move())
@@ -232,16 +236,15 @@ class OneStepOptimizer(torch.optim.Optimizer):
         trials = [self._losses()]
         before = float(trials[0].mean())
         searched: list[tuple[Candidate, SearchResult]] = []
-        scale = 1.0  # the next candidate starts at the relative length that was best for the last one
+        # The next candidate starts at the relative length that was best for the last one, the first where the step
+        # before ended.
+        scale = self._last_scale()
         for candidate in candidates:
             if fixed is None:
                 first = candidate.first
                 loss = self._loss_along(first, candidate.name, trials)
-                found, known = _best(trials) if searched else None, len(trials)
-                result = search_step_size(
-                    loss, first.start * scale, loss_at_zero=before,
-                    hopeless=lambda: found is not None and surely_worse(_best(trials[known:]), found),
-                )  # fmt: skip
+                hopeless = _behind(trials) if searched else lambda: False
+                result = search_step_size(loss, first.start * scale, loss_at_zero=before, hopeless=hopeless)
                 scale = result.best[0] / first.start or scale
             else:
                 loss = self._loss_along(candidate, candidate.name, trials)
@@ -249,6 +252,11 @@ class OneStepOptimizer(torch.optim.Optimizer):
             candidate.apply(0.0)
             searched.append((candidate, result))
         return self._move(searched, trials), trials
+
+    def _last_scale(self) -> float:
+        """The share of the weights' norm that the step before moved them by, in units of where a search starts."""
+        moved = [outcome for outcome in self.outcomes if outcome.share_moved > 0]
+        return moved[-1].share_moved / share_at_start(moved[-1].direction) if moved else 1.0
 
     def _loss_along(self, moving: Candidate | Bundle, name: str, trials: list[Tensor]) -> Callable[[float], float]:
         """The held-out loss as a function of the step size; what each row has lost is added to `trials`."""
@@ -283,6 +291,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         lost = best.apply(step_size) if fixed else best.first.apply(step_size)
         outcome = StepOutcome(best.name, step_size, points, before, after, True, "accepted: not guarded", lost)
         if not fixed:
+            outcome.share_moved = step_size / best.first.start * share_at_start(best.name)
             self._move_other_parts(best, outcome, trials)
         return outcome
 
@@ -297,6 +306,12 @@ class OneStepOptimizer(torch.optim.Optimizer):
             step_size, outcome.loss_after = result.best
             part.apply(step_size)
             outcome.parts.append((name, result))
+
+
+def _behind(trials: Sequence[Tensor]) -> Callable[[], bool]:
+    """Whether what is added to these trials from now on is surely worse than the best of those that are there."""
+    found, known = _best(trials), len(trials)
+    return lambda: surely_worse(_best(trials[known:]), found)
 
 
 def _best(trials: Sequence[Tensor]) -> Tensor:
