@@ -45,7 +45,8 @@ class StepReport:
         steps: One entry a step: "direction", "step_size", "candidates" (each with the points [step size, loss] that
             the search saw), "loss_before", "loss_after" (means over held-out rows, nats), "accepted", "reason",
             "share_moved" (the update's norm by that of the weights), "energy_lost" (share of the update's squared norm
-            that the adapter's rank could not hold) and "head_refitted" (whether the head was fitted again after the step, since held-out rows gained by it).
+            that the adapter's rank could not hold) and "head_refitted" (whether the head was fitted again after the
+            step, since held-out rows gained by it).
         datasets: Ids on the Hub by what their rows did: "train", "search", "evaluation". Rows do not say where they
             come from: the command fills this in; in Python, set it before `save_model`.
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted; None where it had none) and "after".

@@ -103,6 +103,18 @@ def test_a_resumed_run_makes_the_same_update(kind: str, tmp_path: Path) -> None:
     assert not (tmp_path / "cut" / FOLDER).exists()
 
 
+def test_a_run_in_slices_goes_on_in_its_slice(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"slices": 2, "per_device_train_batch_size": 4}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    cut(tmp_path / "cut", 6 + 5, **options)  # both slices have 7 micro-batches, the last of which is no substep
+    again, passes = resumed(tmp_path / "cut", **options)
+    assert passes == 7 - 4
+    for name, value in bits(whole.model).items():
+        assert same_bits(bits(again.model)[name], value), name
+    assert json.dumps(again.report.steps) == json.dumps(whole.report.steps)
+
+
 def state_of(folder: Path) -> Path:
     """The folder of the one state that is there."""
     (file,) = (folder / FOLDER).glob("*/state.json")

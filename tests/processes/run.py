@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora, plain": {**ADAPTER, "direction": "sgd", "step_size": 0.1},
     "lora, sign": {**ADAPTER, "direction": "sign", "step_size": 0.001, "guard": False},
     "lora, two steps": {**ADAPTER, "max_steps": 2},
+    "lora, slices": {**ADAPTER, "slices": 3, "direction": "kfac", **FIXED},
     "lora, tokens": {**ADAPTER, **TOKENS, "direction": "kfac", **FIXED},
     "lora, texts": {**ADAPTER, **TEXTS, "direction": "kfac", **FIXED},
     "full, kfac": {"method": "full", "direction": "kfac", **FIXED},

@@ -1,0 +1,123 @@
+"""A walk through the rows in slices: which rows are where, and that each step is the one that its rows would make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from onestep_peft import OneStepTrainer
+from onestep_peft.held_out import by_content, listed
+from onestep_peft.slices import SlicedRows
+from onestep_peft.tasks.task import UNLABELLED
+from tests.conftest import (
+    assert_same_bits,
+    bits,
+    relative_difference,
+    tiny_bert,
+    tokenised,
+    toy_rows,
+    trainer_for,
+    updates,
+)
+
+ROWS = toy_rows(70, seed=1)
+FIXED: dict[str, Any] = {"direction": "kfac", "step_size": 5e-4, "guard": False, "head_folds": 1}
+
+
+def sliced(rows: list[dict[str, Any]], slices: int = 3, batch_size: int = 8) -> SlicedRows:
+    by_length = Dataset.from_list(sorted(listed(tokenised(rows)), key=lambda row: -len(row["input_ids"])))
+    return SlicedRows(by_length, listed(by_length), slices, batch_size)
+
+
+def contents(rows: SlicedRows) -> list[list[tuple[int, ...]]]:
+    """By slice, the token numbers of the rows that count."""
+    found = []
+    for rows.current in range(3):
+        each = [rows[i] for i in range(len(rows))]
+        found.append([tuple(row["input_ids"]) for row in each if row["labels"] != UNLABELLED])
+    return found
+
+
+def test_every_row_is_in_one_slice_whatever_the_order() -> None:
+    found = contents(sliced(ROWS))
+    assert [len(part) for part in found] == [24, 23, 23]
+    assert sorted(sum(found, [])) == sorted(tuple(row["input_ids"]) for row in tokenised(ROWS))
+    assert [sorted(part) for part in contents(sliced(ROWS[::-1]))] == [sorted(part) for part in found]
+    assert all([len(row) for row in part] == sorted((len(row) for row in part), reverse=True) for part in found)
+
+
+def test_slices_are_filled_up_with_rows_that_have_no_say() -> None:
+    rows = sliced(ROWS, batch_size=5)
+    assert len(rows) == 25
+    rows.current = 1
+    assert [rows[i]["labels"] == UNLABELLED for i in range(22, 25)] == [False, True, True]
+    assert rows.row(24) == rows.row(22)
+    with pytest.raises(IndexError):
+        rows[25]
+
+
+def run(folder: Path, rows: list[dict[str, Any]], **options: Any) -> OneStepTrainer:
+    torch.manual_seed(7)
+    model = options.pop("model", None) or tiny_bert()
+    trainer = trainer_for(
+        folder, rows, model=model, peft_config=LoraConfig(r=32, lora_alpha=32), **{**FIXED, **options}
+    )
+    trainer.train()
+    return trainer
+
+
+def test_each_step_is_the_one_that_a_run_on_its_rows_would_make(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", ROWS, slices=2, fit_head=False)
+    assert len(whole.report.steps) == 2 and whole.report.rows["gradient"] == len(ROWS)
+    order = by_content(listed(tokenised(ROWS)))
+    first = run(tmp_path / "first", [ROWS[i] for i in order[0::2]], fit_head=False)
+    done = updates(first.model)
+    # The second run begins where the first has ended.
+    second = run(
+        tmp_path / "second",
+        [ROWS[i] for i in order[1::2]],
+        model=first.model.merge_and_unload(),
+        fit_head=False,
+    )
+    for name, update in updates(whole.model).items():
+        assert relative_difference(update, done[name] + updates(second.model)[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("change", [{"per_device_train_batch_size": 3}, {"rows": ROWS[::-1]}])
+def test_neither_batches_nor_order_matter(change: dict[str, Any], tmp_path: Path) -> None:
+    rows = change.pop("rows", ROWS)
+    one = run(tmp_path / "one", ROWS, slices=3, head_folds=5)
+    other = run(tmp_path / "other", rows, slices=3, head_folds=5, **change)
+    for name, update in updates(one.model).items():
+        assert relative_difference(updates(other.model)[name], update) < 1e-4, name
+
+
+def test_a_slice_without_gain_does_not_end_the_walk(tmp_path: Path) -> None:
+    """With held-out rows of shuffled labels no step helps: all slices are walked, and nothing has moved."""
+    held = [{**row, "label": 1 - row["label"]} for row in toy_rows(60, seed=3)]
+    torch.manual_seed(7)
+    trainer = trainer_for(tmp_path, ROWS, search_dataset=held, slices=3, fit_head=False)
+    before = bits(trainer.model)
+    trainer.train()
+    assert [step["accepted"] for step in trainer.report.steps] == [False, False, False]
+    assert_same_bits(trainer.model, before)
+
+
+def test_the_direction_is_chosen_once_and_the_search_starts_where_the_last_ended(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    trainer = trainer_for(tmp_path, toy_rows(400, 1), search_dataset=toy_rows(100, 2), slices=3)
+    trainer.train()
+    first, *later = trainer.report.steps
+    assert len(first["candidates"]) == 2
+    assert [[one["direction"] for one in step["candidates"]] for step in later] == [[first["direction"]]] * 2
+    assert all(0 < step["share_moved"] < 1 for step in trainer.report.steps if step["accepted"])
+
+
+def test_more_slices_than_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`slices=100`, but the pass has \d+ rows"):
+        trainer_for(tmp_path, ROWS, slices=100)
