@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from quality import baselines, one_step
+from quality import baselines, one_step, summary
 from quality.settings import Setting
 from results_file import Results
 from transformers.utils import logging
@@ -70,14 +70,16 @@ def with_best_rate(setting: Setting, number: int | None, run: Callable[[float], 
 
 
 def alone(arm: Arm, setting: Setting) -> dict[str, Any]:
-    """An arm's result from a process of its own, with the most memory that it held, in bytes."""
+    """An arm's result from a process of its own, with its CPU time, scoring included, and the most memory it held."""
     context = multiprocessing.get_context("fork")  # what is imported here is there at once, the same for every arm
     ours, theirs = context.Pipe(duplex=False)
 
     def run() -> None:
         result = arm(setting)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        theirs.send({**result, "peak_memory_bytes": peak})
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        theirs.send(
+            {**result, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_memory_bytes": used.ru_maxrss * 1024}
+        )
 
     process = context.Process(target=run)
     process.start()
@@ -117,13 +119,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="only these numbers of rows")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     parser.add_argument("--arms", nargs="+", help="only arms whose names begin so")
+    parser.add_argument("--table", action="store_true", help="table and picture from the results that are there")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for setting in settings(options.data):
+    for setting in settings(options.data) if not options.table else []:
         wanted = (options.sets or [setting.name], options.rows or [setting.rows], options.seeds or [setting.seed])
         if setting.name in wanted[0] and setting.rows in wanted[1] and setting.seed in wanted[2]:
             run_missing(setting, tuple(options.arms or ("",)))
+    print(summary.table(RESULTS.rows()))
+    summary.draw(RESULTS.rows(), RESULTS.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -106,10 +106,10 @@ def fit_head(setting: Setting, model: Any, tokenizer: Any) -> None:
     collate = DataCollatorWithPadding(tokenizer)
 
     def found(rows: list[dict[str, Any]]) -> head.Features:
-        tokens = tokenised(rows, tokenizer).sort("labels")
-        return head.features(
-            model, layer, (collate([tokens[i] for i in range(s, min(s + 32, len(tokens)))]) for s in range(0, len(tokens), 32))
-        )  # fmt: skip
+        tokens = tokenised(rows, tokenizer)
+        starts = range(0, len(tokens), 32)
+        batches = (collate([tokens[i] for i in range(start, min(start + 32, len(tokens)))]) for start in starts)
+        return head.features(model, layer, batches)
 
     train, held = found(setting.train()), found(setting.search())
     fitted = head.fit(train.x, train.labels, held_out=(held.x, held.labels), outputs=layer.out_features, bias=True)

@@ -1,0 +1,125 @@
+"""What the results say: AdamW as one would have chosen it, the gap that a step recovers, a table and a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import pyplot
+
+from .settings import unpacked
+
+Row = dict[str, Any]
+OURS = ("one step, lora", "one step, full", "three steps, lora", "three steps, full")
+OTHERS = ("lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit")
+ADAMW = "AdamW, tuned"
+# Gaps within so many standard errors of the test scores say nothing.
+ERRORS = 2
+
+
+def best_adamw(rows: Iterable[Row]) -> Row | None:
+    """The run of AdamW that is best on the search rows, whatever its epochs, rate and head."""
+    runs = [row for row in rows if row["arm"].startswith("adamw")]
+    return max(runs, key=lambda row: (row["search"]["score"], -row["search"]["loss"]), default=None)
+
+
+class Comparison:
+    """All arms of one set, number of rows and seed."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.arms = {row["arm"]: row for row in rows}
+        self.best = best_adamw(rows)
+        self.head = next((row["head"] for row in rows if "head" in row), None)
+
+    @property
+    def tells(self) -> bool:
+        """Whether AdamW is further from the head than two standard errors, so that there is a gap to recover."""
+        if self.best is None or self.head is None:
+            return False
+        ours, theirs = unpacked(self.head["right"]), unpacked(self.best["test"]["right"])
+        differences = [b - a for a, b in zip(ours, theirs, strict=True)]
+        error = statistics.pstdev(differences) / math.sqrt(len(differences))
+        return abs(statistics.mean(differences)) > ERRORS * error
+
+    def score(self, arm: str, what: str = "score") -> float | None:
+        if arm == ADAMW:
+            return self.best["test"][what] if self.best else None
+        return self.arms[arm]["test"][what] if arm in self.arms else None
+
+
+def comparisons(rows: Sequence[Row]) -> dict[tuple[str, int], list[Comparison]]:
+    """By set and number of rows, one comparison a seed."""
+    keys = dict.fromkeys((row["set"], row["rows"], row["seed"]) for row in rows)
+    found: dict[tuple[str, int], list[Comparison]] = {}
+    for key in keys:
+        own = [row for row in rows if (row["set"], row["rows"], row["seed"]) == key]
+        found.setdefault(key[:2], []).append(Comparison(own))
+    return found
+
+
+def pooled_gap(arm: str, all_of_them: Iterable[Comparison]) -> tuple[float, int] | None:
+    """Σ(arm − head) / Σ(AdamW − head) over comparisons whose gap tells, and their number."""
+    pairs = [
+        (arm_score - one.head["score"], one.best["test"]["score"] - one.head["score"])
+        for one in all_of_them
+        if one.tells and one.head and one.best and (arm_score := one.score(arm)) is not None
+    ]
+    total = sum(gap for _, gap in pairs)
+    return (sum(gain for gain, _ in pairs) / total, len(pairs)) if total > 0 else None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Mean score and log-loss over the seeds that an arm and AdamW both have, set by set, and the pooled gap."""
+    lines = ["| set, rows (seeds) | arm | score | log-loss | gap recovered |", "|---|---|---|---|---|"]
+    found = comparisons(rows)
+    for (name, number), seeds in found.items():
+        complete = [one for one in seeds if one.best and one.head]
+        if not complete:
+            continue
+        heads = [one.head for one in complete if one.head]
+        mean = {what: statistics.mean(head[what] for head in heads) for what in ("score", "loss")}
+        where = f"{name}, {number} ({len(complete)})"
+        lines.append(f"| {where} | head alone | {mean['score']:.3f} | {mean['loss']:.3f} | |")
+        for arm in (ADAMW, *OURS, *OTHERS):
+            there = [one for one in complete if one.score(arm) is not None]
+            if not there:
+                continue
+            score, loss = (statistics.mean(one.score(arm, what) or 0.0 for one in there) for what in ("score", "loss"))
+            gap = pooled_gap(arm, there)
+            recovered = f"{gap[0]:.2f}" if gap and arm != ADAMW else ""
+            lines.append(f"| {where} | {arm} | {score:.3f} | {loss:.3f} | {recovered} |")
+    for number in sorted({number for _, number in found}):
+        each = [one for (_, rows_), seeds in found.items() if rows_ == number for one in seeds]
+        for arm in OURS:
+            if gap := pooled_gap(arm, each):
+                lines.append(f"| all, {number} | {arm} | | | **{gap[0]:.2f}** ({gap[1]} runs) |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """Score against CPU seconds, a panel for each set and number of rows."""
+    matplotlib.use("Agg")
+    found = {key: [one for one in seeds if one.head] for key, seeds in comparisons(rows).items()}
+    found = {key: seeds for key, seeds in found.items() if seeds}
+    figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.6), squeeze=False)
+    for axis, ((name, number), seeds) in zip(axes[0], found.items(), strict=True):
+        for one in seeds:
+            for arm, row in one.arms.items():
+                ours = arm in OURS
+                colour = "C3" if ours else "C0" if arm.startswith("adamw") else "0.6"
+                axis.plot(row["cpu_seconds"], row["test"]["score"], "*" if ours else ".", color=colour, markersize=9)
+            axis.axhline(one.head["score"], color="0.8", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_title(f"{name}, {number} rows")
+        axis.set_xlabel("CPU seconds")
+    axes[0][0].set_ylabel("test score")
+    for label, style in (("ours", "C3*"), ("AdamW", "C0."), ("others", "k.")):
+        axes[0][-1].plot([], [], style, label=label)
+    axes[0][-1].legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
