@@ -88,7 +88,9 @@ class HeadTrainer(SharingTrainer):
         if install:
             head.install(layer, fitted)
             processes.broadcast(layer.parameters())
-        self._fold_heads = out_of_fold.fit(found, folds, fitted, self.task) if folds is not None else None
+        self._fold_heads = None
+        if folds is not None and self._folds is not None:
+            self._fold_heads = out_of_fold.fit(found, folds, int(self._folds.max()) + 1, fitted, self.task)
         return fitted
 
     def _folds_of(self, found: head.Features, numbers: Sequence[int]) -> Tensor | None:

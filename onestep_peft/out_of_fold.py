@@ -83,19 +83,20 @@ class FoldHeads:
             handle.remove()
 
 
-def fit(found: Features, folds_of_items: Tensor, whole: HeadFit, task: Task) -> FoldHeads | None:
+def fit(found: Features, folds_of_items: Tensor, folds: int, whole: HeadFit, task: Task) -> FoldHeads | None:
     """A head for each fold, at the penalty of the head that was fitted to all rows, and from it on.
 
     Args:
         found: What the head is fitted to.
         folds_of_items: `(items,)`.
+        folds: How many there are: the items may be a sample of the rows, without any of some fold.
         whole: The head of all rows.
 
     Returns:
         None where a fold holds all the items: there is no other then to fit a head to.
     """
     fitted = []
-    for fold in range(int(folds_of_items.max()) + 1):
+    for fold in range(folds):
         others = folds_of_items.ne(fold)
         if not bool(others.any()):
             return None
