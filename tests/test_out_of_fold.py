@@ -52,6 +52,22 @@ def test_a_rows_fold_follows_from_its_content_alone(folds: int) -> None:
     assert fold_of_each(others, folds).tolist() == fold_of_each(rows, folds).tolist()
 
 
+def test_padding_in_the_data_does_not_move_a_row_to_another_fold() -> None:
+    rows = [{**row, "attention_mask": [1] * 4} for row in tokens_of(40, 3)]
+    padded = [
+        {"input_ids": [0] * i + row["input_ids"] + [0, 0], "attention_mask": [0] * i + [1] * 4 + [0, 0], **label}
+        for i, row in enumerate(rows)
+        for label in [{"labels": row["labels"]}]
+    ]
+    assert fold_of_each(padded, 5).tolist() == fold_of_each(rows, 5).tolist()
+    # A label for each token goes with its token.
+    for row, wide in zip(rows, padded, strict=True):
+        row["labels"] = [-100, row["labels"], 1, -100]
+        wide["labels"] = [-100 if not real else row["labels"].pop(0) for real in wide["attention_mask"]]
+        row["labels"] = [one for one, real in zip(wide["labels"], wide["attention_mask"], strict=True) if real]
+    assert fold_of_each(padded, 5).tolist() == fold_of_each(rows, 5).tolist()
+
+
 def test_equal_rows_share_a_fold_and_do_not_move_the_others() -> None:
     rows = tokens_of(40, 3)
     alone = fold_of_each(rows, 5).tolist()
