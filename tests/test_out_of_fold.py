@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections import Counter
 from pathlib import Path
@@ -174,6 +175,27 @@ def test_a_folds_head_is_scikit_learns_on_the_rows_of_all_others(bias: bool, hel
             ours = found.bias[fold].numpy()
             assert np.allclose(ours - ours.mean(), offset - offset.mean(), atol=1e-2)
     assert (found.bias is None) != bias
+
+
+def test_a_head_that_knows_its_rows_by_heart_forgets_those_of_a_fold() -> None:
+    # Under a weak penalty the head of all rows has next to no gradient on any part of them; a fit from it on that stops
+    # early would stay there, and the loss of rows that it has seen would pass for that of others.
+    x, labels = clusters(60, seed=1, classes=4, d=60)
+    labels[::3] = (labels[::3] + 1) % 4  # what can be learnt by heart only
+    whole = dataclasses.replace(head.fit(x, labels, held_out=None, outputs=4, bias=True), penalty=1e-4)
+    whole = head.refit(x, labels, whole)
+    folds = torch.arange(60) % 5
+    found = out_of_fold.fit(features_of(x, labels), folds, 5, whole, TEXT_CLASSIFICATION)
+    assert found is not None and found.bias is not None
+    logits = torch.einsum("nod,nd->no", found.weight[folds], x) + found.bias[folds]
+    expected = torch.empty(60, 4, dtype=torch.float64)
+    for fold in range(5):
+        others = folds != fold
+        weight, offset = (torch.tensor(part) for part in scikit_learn(x[others], labels[others], 1e-4, True))
+        expected[~others] = x[~others].double() @ weight.T + offset
+    unseen = float(nn.functional.cross_entropy(expected, labels))
+    assert float(nn.functional.cross_entropy(logits, labels)) == pytest.approx(unseen, rel=0.02)
+    assert float(nn.functional.cross_entropy(x.double() @ whole.weight.T + whole.bias, labels)) < 0.02 < 1 < unseen
 
 
 def test_numbers_are_fitted_out_of_fold_by_ridge_regression() -> None:
