@@ -236,8 +236,7 @@ class OneStepTrainer(SavingTrainer):
         if self.resume_run(self.bare_model, self.adapted.fresh):
             return
         if self.state.global_step > 0:  # from Trainer's checkpoint, which has the head, but not those of the folds
-            if self.fits_head():
-                self.fit_head(install=False)
+            self.refit_fold_heads()
             return
         self.measure("base")
         if self.fits_head():
@@ -250,9 +249,12 @@ class OneStepTrainer(SavingTrainer):
         outcome = self.one_step.outcomes[-1]
         for part, seconds in outcome.seconds.items():
             self.seconds[part] += seconds
-        if outcome.accepted and self.held_out is not None and self.fits_head():
+        if outcome.accepted and self.fits_head():
             with self.clock("head"):
-                self.refit_head(outcome)
+                if self.held_out is not None:
+                    self.refit_head(outcome)
+                elif self.another_pass():
+                    self.refit_fold_heads()
         return not outcome.accepted or self.reached_target()
 
     # The step
