@@ -309,8 +309,8 @@ class OneStepTrainer(SavingTrainer):
     def settings_of_the_run(self) -> dict[str, Any]:
         """What the update and the report depend on, beside rows and model."""
         names = (
-            "fit_head", "head_folds", "seed", "bf16", "activation_checkpointing", "damping", "rank", "step_size", "guard",
-            "guard_confidence",
+            "fit_head", "head_folds", "seed", "bf16", "activation_checkpointing", "damping", "rank", "step_size",
+            "guard", "guard_confidence",
         )  # fmt: skip
         config = self._config
         return {

@@ -237,11 +237,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
             if fixed is None:
                 first = candidate.first
                 loss = self._loss_along(first, candidate.name, trials)
-                found, known = _best(trials) if searched else None, len(trials)
-                result = search_step_size(
-                    loss, first.start * scale, loss_at_zero=before,
-                    hopeless=lambda: found is not None and surely_worse(_best(trials[known:]), found),
-                )  # fmt: skip
+                hopeless = _behind(trials) if searched else lambda: False
+                result = search_step_size(loss, first.start * scale, loss_at_zero=before, hopeless=hopeless)
                 scale = result.best[0] / first.start or scale
             else:
                 loss = self._loss_along(candidate, candidate.name, trials)
@@ -302,6 +299,12 @@ class OneStepOptimizer(torch.optim.Optimizer):
 def _best(trials: Sequence[Tensor]) -> Tensor:
     """The losses of the trial with the lowest mean."""
     return min(trials, key=lambda losses: float(losses.mean().nan_to_num(math.inf)))
+
+
+def _behind(trials: Sequence[Tensor]) -> Callable[[], bool]:
+    """Whether the best of the trials still to come is surely worse than the best of those that there are."""
+    found, known = _best(trials), len(trials)
+    return lambda: surely_worse(_best(trials[known:]), found)
 
 
 def _below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
