@@ -242,6 +242,9 @@ def fit(
 def refit(x: Tensor, labels: Tensor, start: HeadFit, task: Task = TEXT_CLASSIFICATION) -> HeadFit:
     """The same fit to other items at a known penalty, from a known head on.
 
+    To convergence: a head that knows these items by heart, and others, has hardly a gradient on them, and a rough fit
+    would leave it as it is.
+
     Args:
         x: `(items, d)`.
         labels: `(items,)`, or `(items, outputs)`.
@@ -249,7 +252,7 @@ def refit(x: Tensor, labels: Tensor, start: HeadFit, task: Task = TEXT_CLASSIFIC
     """
     x, labels = _labelled(x, labels, task)
     problem = _Problem(x, labels, task, start.bias is not None)
-    solution = problem.minimised(problem.standardised(start), start.penalty, ROUGH)
+    solution = problem.minimised(problem.standardised(start), start.penalty, CONVERGED)
     return HeadFit(*problem.installed(solution), start.penalty, None)
 
 

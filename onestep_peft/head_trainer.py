@@ -57,10 +57,17 @@ class HeadTrainer(SharingTrainer):
             raise ValueError("`fit_head=True`, but the model has no freshly initialised head. Leave it out.")
         return self.adapted.head is not None and (not config.is_plain if wanted == "auto" else bool(wanted))
 
+    def another_pass(self) -> bool:
+        """Whether a step is still to come."""
+        return self.state.global_step < self.state.max_steps
+
     def fit_head(self, *, install: bool = True) -> head.HeadFit:
         """Fits the head to the rows of the pass, or a sample of their tokens, and installs it.
 
-        The next pass takes its residuals from heads that are fitted to all folds of the rows but one.
+        The next pass, if there is one, takes its residuals from heads that are fitted to all folds of the rows but one.
+
+        Args:
+            install: False for the heads of the folds alone.
 
         Raises:
             ValueError: A feature that is not finite, with the rows it comes from.
@@ -79,7 +86,7 @@ class HeadTrainer(SharingTrainer):
         if self.held_out is not None:
             held_features = head.features(self.bare_model, layer, self.held_out.batches).gathered()
             held = held_features.x, held_features.labels
-        folds = self._folds_of(found, numbers)
+        folds = self._folds_of(found, numbers) if self.another_pass() else None
         found = found.gathered()
         fitted = head.fit(
             found.x, found.labels, held_out=held, outputs=layer.out_features, bias=layer.bias is not None,
@@ -88,7 +95,8 @@ class HeadTrainer(SharingTrainer):
         if install:
             head.install(layer, fitted)
             processes.broadcast(layer.parameters())
-        self._fold_heads = out_of_fold.fit(found, folds, fitted, self.task) if folds is not None else None
+        if folds is not None and self._folds is not None:
+            self._fold_heads = out_of_fold.fit(found, folds, int(self._folds.max()) + 1, fitted, self.task)
         return fitted
 
     def _folds_of(self, found: head.Features, numbers: Sequence[int]) -> Tensor | None:
@@ -141,6 +149,11 @@ class HeadTrainer(SharingTrainer):
             tokens += int(self.task.row_items(torch.as_tensor(rows[i]["labels"])[None]))
             taken.append(i)
         return sorted(taken)  # the pass has its rows by length
+
+    def refit_fold_heads(self) -> None:
+        """Fits the heads of the folds, where there are any, to the features as they are; the head stays."""
+        if self.fits_head() and cast(OneStepConfig, self.args).head_folds > 1:
+            self.fit_head(install=False)
 
     def refit_head(self, outcome: StepOutcome) -> None:
         """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""

@@ -26,13 +26,26 @@ PREFIX = "fold_heads."
 
 
 def fold_of_each(rows: Sequence[Mapping[str, Any]], folds: int) -> Tensor:
-    """A fold for each row, `(rows,)`, by its content alone: not by its place, and the same for equal rows.
+    """A fold for each row, `(rows,)`, by its content alone: not by its place or padding, and the same for equal rows.
 
     Rows of the same labels are dealt out evenly.
     """
-    keys = [(repr(row["labels"]), content_key(row)) for row in rows]
+    keys = [(repr(row["labels"]), content_key(row)) for row in map(_without_padding, rows)]
     number = {key: i % folds for i, key in enumerate(sorted(set(keys)))}
     return torch.tensor([number[key] for key in keys])
+
+
+def _without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with only what its attention mask leaves of each token's values."""
+    mask = row.get("attention_mask")
+    if mask is None or all(mask):
+        return row
+
+    def kept(value: Any) -> Any:
+        by_token = hasattr(value, "__len__") and len(value) == len(mask)
+        return [one for one, real in zip(value, mask, strict=True) if real] if by_token else value
+
+    return {name: kept(value) for name, value in row.items()}
 
 
 @dataclass(frozen=True)
@@ -83,19 +96,20 @@ class FoldHeads:
             handle.remove()
 
 
-def fit(found: Features, folds_of_items: Tensor, whole: HeadFit, task: Task) -> FoldHeads | None:
+def fit(found: Features, folds_of_items: Tensor, folds: int, whole: HeadFit, task: Task) -> FoldHeads | None:
     """A head for each fold, at the penalty of the head that was fitted to all rows, and from it on.
 
     Args:
         found: What the head is fitted to.
         folds_of_items: `(items,)`.
+        folds: How many there are: the items may be a sample of the rows, without any of some fold.
         whole: The head of all rows.
 
     Returns:
         None where a fold holds all the items: there is no other then to fit a head to.
     """
     fitted = []
-    for fold in range(int(folds_of_items.max()) + 1):
+    for fold in range(folds):
         others = folds_of_items.ne(fold)
         if not bool(others.any()):
             return None

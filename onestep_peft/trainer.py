@@ -239,8 +239,7 @@ class OneStepTrainer(SavingTrainer):
         if self.resume_run(self.bare_model, self.adapted.fresh):
             return
         if self.state.global_step > 0:  # from Trainer's checkpoint, which has the head, but not those of the folds
-            if self.fits_head():
-                self.fit_head(install=False)
+            self.refit_fold_heads()
             return
         self.measure("base")
         if self.fits_head():
@@ -255,9 +254,12 @@ class OneStepTrainer(SavingTrainer):
             self.seconds[part] += seconds
         walk = self.one_step.outcomes[-self.slices :] if self.state.global_step % self.slices == 0 else []
         moved = any(one.accepted for one in walk)
-        if moved and self.held_out is not None and self.fits_head():
+        if moved and self.fits_head():
             with self.clock("head"):
-                self.refit_head(outcome)
+                if self.held_out is not None:
+                    self.refit_head(outcome)
+                elif self.another_pass():
+                    self.refit_fold_heads()
         return bool(walk) and (not moved or self.reached_target())
 
     # The step

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from onestep_peft import OneStepTrainer
+from onestep_peft.out_of_fold import PREFIX
 from onestep_peft.pass_state import FOLDER
 from tests.conftest import bits, same_bits, tiny_bert, toy_rows, trainer_for, updates
 
@@ -113,6 +115,46 @@ def test_a_run_in_slices_goes_on_in_its_slice(tmp_path: Path) -> None:
     for name, value in bits(whole.model).items():
         assert same_bits(bits(again.model)[name], value), name
     assert json.dumps(again.report.steps) == json.dumps(whole.report.steps)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora, two steps", "full", "prompt, rows kept"])
+def test_a_saved_pass_has_the_heads_of_the_folds(kind: str, tmp_path: Path) -> None:
+    # From where the other rows' residuals come: without them the rest of the pass would have those of the fitted head.
+    whole = trainer(tmp_path / "whole", **KINDS[kind])
+    whole.train()
+    cut(tmp_path / "cut", 5 + (6 if "two steps" in kind else 0), **KINDS[kind])
+    (file,) = state_of(tmp_path / "cut").glob("sums-*.safetensors")
+    saved = {name: value for name, value in load_file(file).items() if name.startswith(PREFIX)}
+    assert saved.keys() == {f"{PREFIX}weight", f"{PREFIX}bias"}
+    assert saved[f"{PREFIX}weight"].shape == (5, 2, 32)
+    again, _ = resumed(tmp_path / "cut", **KINDS[kind])
+    assert again.report.metrics["head"] == whole.report.metrics["head"]
+    # The heads of the last fit, in both.
+    assert all(same_bits(again.fixed_in_the_pass()[name], value) for name, value in whole.fixed_in_the_pass().items())
+
+
+def test_a_state_with_other_folds_is_not_taken_up(tmp_path: Path) -> None:
+    cut(tmp_path / "cut", 5)
+    with pytest.warns(UserWarning, match="other rows, another model or other settings"):
+        trainer(tmp_path / "cut", head_folds=3).train()
+
+
+@pytest.mark.parametrize("chooses", [True, False], ids=["searched", "fixed, nothing held out"])
+@pytest.mark.parametrize("folds", [1, 5])
+def test_the_second_step_from_a_checkpoint_is_that_of_one_run(chooses: bool, folds: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"head_folds": folds, "save_strategy": "steps", "save_steps": 1}
+    if not chooses:
+        options |= {"direction": "kfac", "step_size": 0.05, "guard": False}
+    whole = trainer(tmp_path / "whole", max_steps=2, **options)
+    whole.train()
+    again = trainer(tmp_path / "again", max_steps=2, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    for name, value in bits(whole.model).items():
+        assert torch.allclose(bits(again.model)[name], value, atol=1e-6), name
+    expected = whole.fixed_in_the_pass()
+    assert again.fixed_in_the_pass().keys() == expected.keys() and bool(expected) == (folds > 1)
+    for name, value in expected.items():
+        assert torch.allclose(again.fixed_in_the_pass()[name], value, rtol=1e-3, atol=1e-4), name
 
 
 def state_of(folder: Path) -> Path:

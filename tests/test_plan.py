@@ -88,7 +88,8 @@ METHODS: list[dict[str, Any]] = [
 def test_the_numbers_are_those_of_the_run(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = planned(tmp_path, step_size=1e-4, **options)
+    # The folds' heads need no forwards; on so few rows they have little to say, and the step has to be accepted.
+    trainer = planned(tmp_path, step_size=1e-4, head_folds=1, **options)
     before = bits(trainer.model)
     plan = trainer.plan()
     assert all(torch.equal(before[name], value) for name, value in bits(trainer.model).items())
@@ -195,7 +196,7 @@ def test_the_text_says_it_all(tmp_path: Path) -> None:
     text = plan.text()
     for part in (
         "50 gradient, 24 search, 24 guard, 30 evaluation",
-        "2 × attention.self.query (32×32): kfac_schatten, kfac_muon, kfac",
+        "2 × attention.self.query (32×32): kfac_schatten, kfac",
         "updates of rank ≤ 8; step size searched",
         f"parameters {plan.moved:,} move, {plan.frozen:,} are frozen",
         "not known beforehand",

@@ -66,7 +66,7 @@ def test_a_step_on_rows_that_can_be_learnt_is_accepted_and_lowers_the_loss(learn
     assert step["loss_after"] < 0.8 * step["loss_before"]
     # On rows that chose nothing.
     metrics = learnt.report.metrics
-    assert metrics["after"]["loss"] < 0.8 * metrics["head"]["loss"]
+    assert metrics["after"]["loss"] < 0.85 * metrics["head"]["loss"]
     assert metrics["after"]["accuracy"] > metrics["head"]["accuracy"] > metrics["base"]["accuracy"]
 
 

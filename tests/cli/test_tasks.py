@@ -113,7 +113,7 @@ def test_a_dry_run_of_each_task(made: tuple[str, Path], capsys: pytest.CaptureFi
     assert main(["train", "--model", str(folder / "base"), "--dataset", str(folder / "rows"), *words]) == 0
     said = capsys.readouterr().out
     assert "120 gradient, 40 search, 40 guard, 40 evaluation" in said
-    assert "left out   kfac_muon, kfac: beyond `search_budget`" in said and not (folder / "never").exists()
+    assert "left out   kfac: beyond `search_budget`" in said and not (folder / "never").exists()
 
 
 def test_what_rows_of_each_task_hold() -> None:

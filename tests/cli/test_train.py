@@ -56,6 +56,19 @@ def test_one_file_of_rows_gives_its_own_held_out_rows(
     assert "on the held-out rows" in capsys.readouterr().out
 
 
+def test_the_folds_of_the_head_are_an_option(base: Path, data: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    fixed = ["--direction", "kfac", "--step-size", "0.001", "--lora-r", "2", "--no-guard", *QUIET]
+    moved = {}
+    for folds in ("1", "3"):
+        out = tmp_path / folds
+        run = ["train", "--model", str(base), "--dataset", str(data / "train.jsonl"), "--output-dir", str(out), *fixed]
+        assert main([*run, "--head-folds", folds]) == 0
+        moved[folds] = torch.cat([p.flatten() for p in load(out)[0].parameters()])
+    assert not torch.equal(moved["1"], moved["3"])
+    message = fails(*run, "--head-folds", "0")
+    assert "`head_folds=0`" in message and "the default is 5" in message
+
+
 def test_every_field_of_the_config_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["train", "--help-all"])
@@ -151,7 +164,7 @@ def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path) -> Non
     said = shell(*run, "--dry-run", "--lora-r", "4", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert "160 gradient, 60 search, 60 guard, 60 evaluation" in said.stdout
-    assert "2 × attention.self.query (32×32): kfac_schatten, kfac_muon, kfac" in said.stdout
+    assert "2 × attention.self.query (32×32): kfac_schatten, kfac" in said.stdout
     assert f"Nothing was trained or written. Without --dry-run, the result goes to {out}." in said.stdout
     assert not list(tmp_path.iterdir())
 

@@ -42,6 +42,7 @@ MODELS = {"bert": (tiny_bert, "right"), "llama": (tiny_llama, "left")}
 def run(folder: Path, kind: str, rows: list[dict[str, Any]] = ROWS, **options: Any) -> OneStepTrainer:
     """A whole run; the same seeds for the model and its adapter every time."""
     make, side = MODELS[kind]
+    side = options.pop("side", side)
     rows = list(rows)
     if options.pop("shuffled", False):
         random.Random(3).shuffle(rows)
@@ -99,6 +100,25 @@ def test_a_fixed_step_is_the_same_however_the_rows_come(kind: str, direction: st
     for name, change in CHANGES.items():
         # Padding inside the data changes the rows' lengths, and nothing is held out here that would depend on it.
         assert_same_updates(reference, run(tmp_path / name, kind, **options, **change), tolerance)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_heads_of_the_folds_are_the_same_however_the_rows_come(side: str, tmp_path: Path) -> None:
+    # A decoder reads a row's last token on either side of the padding.
+    options = {"direction": "kfac", "step_size": 0.05, "guard": False, "head_folds": 5}
+    reference = run(tmp_path / "reference", "llama", **options)
+    changes = {**CHANGES, "batches of 7": {"per_device_train_batch_size": 7}}
+    for name, change in changes.items():
+        found = run(tmp_path / name, "llama", **options, **change, side=side)
+        assert found._fold_heads is not None and reference._fold_heads is not None
+        assert found._fold_heads.weight.shape == (5, 2, 32)
+        assert relative_difference(found._fold_heads.weight, reference._fold_heads.weight) < 1e-4
+        assert_same_updates(reference, found)
+    whole = run(tmp_path / "whole", "llama", **{**options, "head_folds": 1})
+    worst = max(
+        relative_difference(update, updates(reference.model)[name]) for name, update in updates(whole.model).items()
+    )
+    assert worst > 0.1  # the folds do something
 
 
 @pytest.mark.parametrize("kind", MODELS)

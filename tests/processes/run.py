@@ -32,6 +32,8 @@ TEXTS: dict[str, Any] = {"make": tiny_causal_llama, "rows": counting_texts}
 KINDS: dict[str, dict[str, Any]] = {
     "lora, auto": {**ADAPTER},
     "lora, kfac": {**ADAPTER, "direction": "kfac", **FIXED},
+    "lora, whole head": {**ADAPTER, "direction": "kfac", **FIXED, "head_folds": 1},
+    "lora, many folds": {**ADAPTER, "direction": "kfac", **FIXED, "head_folds": 7, "per_device_eval_batch_size": 3},
     "lora, plain": {**ADAPTER, "direction": "sgd", "step_size": 0.1},
     "lora, sign": {**ADAPTER, "direction": "sign", "step_size": 0.001, "guard": False},
     "lora, two steps": {**ADAPTER, "max_steps": 2},
@@ -94,6 +96,7 @@ def run(folder: Path, kind: str, cut: bool) -> None:
         return
     assert all(torch.equal(ours, theirs[name]) for theirs in everywhere for name, ours in everywhere[0].items())
     moved = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    moved |= trainer.fixed_in_the_pass()
     save_file(moved, folder / f"{kind}.safetensors")
     report = {
         "processes": processes.number(),

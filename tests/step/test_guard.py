@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
-from onestep_peft.step.guard import cross_fitted, judge
+from onestep_peft.step.guard import cross_fitted, judge, surely_worse
 
 
 def losses(rows: int, seed: int) -> Tensor:
@@ -117,3 +118,35 @@ def test_two_rows_that_gain_are_weak_evidence() -> None:
     # Every resample agrees, and yet a coin would do as well once in four times.
     verdict = judge(torch.ones(2), torch.zeros(2))
     assert verdict.accepted and verdict.probability == 0.75 and "weak" in verdict.reason
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("shift", [-0.2, 0.0, 0.05, 0.1, 0.15, 0.4])
+def test_surely_worse_is_a_paired_t_above_two(seed: int, shift: float) -> None:
+    one, other = losses(30, seed) + shift, losses(30, seed + 100)
+    # scipy divides by n - 1, a standard error of the mean by n.
+    statistic = stats.ttest_rel(one.double().numpy(), other.double().numpy()).statistic * math.sqrt(30 / 29)
+    assert surely_worse(one, other) == (statistic > 2)
+
+
+def test_surely_worse_is_found_both_ways() -> None:
+    found = {surely_worse(losses(30, seed) + 0.15, losses(30, seed + 100)) for seed in range(8)}
+    assert found == {True, False}
+
+
+def test_the_pairing_of_rows_counts_for_what_is_worse() -> None:
+    before = torch.linspace(0, 10, 40)
+    after = before + 0.01 + 0.001 * torch.arange(40) % 2
+    assert surely_worse(after, before) and not surely_worse(before, after)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_surely_worse(value: float) -> None:
+    broken = losses(12, 0)
+    broken[3] = value
+    assert surely_worse(broken, losses(12, 1))
+
+
+def test_the_same_losses_are_not_worse() -> None:
+    assert not surely_worse(losses(12, 0), losses(12, 0))
+    assert not surely_worse(torch.ones(1), torch.ones(1))

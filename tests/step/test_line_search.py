@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from onestep_peft.step.line_search import EVALUATIONS, FACTOR, SearchResult, affordable, search_step_size
+from onestep_peft.step.line_search import EVALUATIONS, FACTOR, LOOKS, SearchResult, affordable, search_step_size
 
 STARTS = (1e-3, 0.02, 0.3, 0.9, 1.1, 3.0, 20.0, 300.0)
 
@@ -110,3 +110,31 @@ def test_a_search_takes_no_more_evaluations_than_are_counted_for_it(start: float
         call, asked = counted(lambda step_size, minimum=minimum: bowl(step_size / minimum))
         search_step_size(call, start, loss_at_zero=2.0)
         assert len(asked) <= EVALUATIONS
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_hopeless_search_ends_after_its_second_evaluation(start: float) -> None:
+    loss, asked = counted(bowl)
+    seen: list[int] = []
+
+    def hopeless() -> bool:
+        seen.append(len(asked))
+        return True
+
+    result = search_step_size(loss, start, loss_at_zero=bowl(0.0), hopeless=hopeless)
+    assert (len(asked), seen) == (LOOKS, [LOOKS])
+    assert [point[0] for point in result.points] == [0.0, *asked]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_search_that_becomes_hopeless_ends_there_and_one_that_does_not_is_as_it_was(start: float) -> None:
+    whole = search_step_size(bowl, start, loss_at_zero=bowl(0.0), budget=30)
+    assert search_step_size(bowl, start, loss_at_zero=bowl(0.0), budget=30, hopeless=lambda: False) == whole
+    for end in range(1, len(whole.points) - 1):
+        loss, asked = counted(bowl)
+        found = search_step_size(
+            loss, start, loss_at_zero=bowl(0.0), budget=30, hopeless=lambda asked=asked, end=end: len(asked) >= end
+        )
+        assert found.points == whole.points[: len(found.points)]
+        # The last point, of the parabola, is not asked for.
+        assert len(asked) in (max(end, LOOKS), len(whole.points) - 1)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from onestep_peft.step.candidates import Candidate, ParameterRay
 from onestep_peft.step.layers import Layer, LowRank
-from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
+from onestep_peft.step.line_search import LOOKS
+from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSettings
 from onestep_peft.step.statistics import observed
 from tests.conftest import same_bits
 
@@ -347,3 +348,49 @@ def test_parts_whose_weights_are_all_zero_are_searched_too() -> None:
     }
     candidate = Candidate("sgd", rays)
     assert all(part.start > 0 for part in candidate.parts.values())
+
+
+def evaluations(outcome: StepOutcome) -> dict[str, int]:
+    """How often the held-out rows were asked, by candidate; the first point, at zero, is known."""
+    return {name: len(result.points) - 1 for name, result in outcome.candidates}
+
+
+def test_a_candidate_that_is_far_behind_is_given_up_after_two_looks_and_the_step_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directions = ("kfac", "kfac_muon")
+    model, optimizer = searched(directions=directions)
+    monkeypatch.setattr("onestep_peft.step.optimizer.surely_worse", lambda one, other: False)
+    patient, whole = searched(directions=directions)
+    (given_up,), (all_of_it,) = optimizer.outcomes, whole.outcomes
+    assert evaluations(given_up)["kfac_muon"] == LOOKS < evaluations(all_of_it)["kfac_muon"]
+    assert evaluations(given_up)["kfac"] == evaluations(all_of_it)["kfac"] > LOOKS
+    assert (given_up.direction, given_up.step_size) == (all_of_it.direction, all_of_it.step_size)
+    assert given_up.direction == "kfac" and given_up.accepted and all_of_it.accepted
+    for one, other in zip(model.parameters(), patient.parameters(), strict=True):
+        assert same_bits(one.detach(), other.detach())
+
+
+def test_the_first_candidate_and_one_that_may_win_are_searched_to_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer = searched(directions=("sign", "kfac"))
+    monkeypatch.setattr("onestep_peft.step.optimizer.surely_worse", lambda one, other: False)
+    _, whole = searched(directions=("sign", "kfac"))
+    assert evaluations(optimizer.outcomes[0]) == evaluations(whole.outcomes[0])
+    assert optimizer.outcomes[0].direction == "kfac"
+
+
+def test_a_candidate_is_compared_with_standing_still_where_the_first_gained_nothing() -> None:
+    _, optimizer = searched(directions=("kfac", "sgd"), spoilt=True)
+    (outcome,) = optimizer.outcomes
+    assert not outcome.accepted and evaluations(outcome)["sgd"] < evaluations(outcome)["kfac"]
+
+
+@pytest.mark.parametrize(("name", "share"), [("kfac", 0.1), ("kfac:2", 0.1), ("kfac_schatten", 0.05), ("sgd", 0.05)])
+def test_a_search_starts_at_a_share_of_the_weights_norm(name: str, share: float) -> None:
+    weight = nn.Parameter(torch.full((3, 4), 2.0))
+    direction = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    ray = ParameterRay(weight, weight.detach().clone(), direction, lambda tensor: tensor)
+    candidate = Candidate(name, {"weights": [ray]})
+    candidate.apply(candidate.first.start)
+    moved = (weight.detach() - 2.0).norm()
+    assert float(moved) == pytest.approx(share * math.sqrt(12 * 4), rel=1e-5)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onestep_peft.step.layers import Layer
-from onestep_peft.step.statistics import LayerStatistics, observed
+from onestep_peft.step.statistics import TRIANGLE_BLOCK, LayerStatistics, observed
 
 D_IN, HIDDEN, CLASSES, TOKENS = 5, 7, 3, 4
 
@@ -203,3 +203,57 @@ def test_a_gradient_of_rounding_alone_is_noise() -> None:
     assert noise.is_noise()
     assert not signal.is_noise()
     assert nothing.is_noise()
+
+
+# Large covariances, of which the lower triangle is summed
+
+
+def filled(d: int, parts: list[tuple[Tensor, Tensor]]) -> LayerStatistics:
+    record = LayerStatistics((d, d), torch.device("cpu"))
+    for x, delta in parts:
+        record.add(x, delta)
+    return record
+
+
+def large(d: int) -> list[tuple[Tensor, Tensor]]:
+    """x and δ of three micro-batches, all tokens live."""
+    draw = torch.Generator().manual_seed(d)
+    return [(torch.randn(n, d, generator=draw) + 0.5, torch.randn(n, d, generator=draw)) for n in (50, 3, 30)]
+
+
+@pytest.mark.parametrize("d", [1, 383, 384, 385, 400, 768, 1000])
+def test_a_covariance_of_any_size_is_symmetric_and_that_of_all_tokens_in_float64(d: int) -> None:
+    parts = large(d)
+    record = filled(d, parts)
+    if d > TRIANGLE_BLOCK:
+        assert not record.input_covariance[0, TRIANGLE_BLOCK:].any()  # the work that is saved
+    record.finish(83)
+    for vectors, found in (
+        (torch.cat([x for x, _ in parts]), record.input_covariance),
+        (torch.cat([delta for _, delta in parts]), record.output_grad_covariance),
+    ):
+        expected = vectors.double().T @ vectors.double() / 83
+        assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+        assert d <= TRIANGLE_BLOCK or torch.equal(found, found.T)
+
+
+def test_sums_of_large_covariances_can_be_saved_on_the_way_and_start_again() -> None:
+    first, *others = large(400)
+    whole = filled(400, [first, *others])
+    half = filled(400, [first])
+    saved = {name: total.clone() for name, total in half.sums().items()}
+    half.reset()
+    assert not any(total.any() for total in half.sums().values())
+    half.add(*others[1])  # a pass that came to nothing
+    half.load(saved)
+    for part in others:
+        half.add(*part)
+    for record in (whole, half):
+        record.finish(83)
+    assert all(torch.equal(half.sums()[name], total) for name, total in whole.sums().items())
+    # The upper triangle that was filled in does not stay for the next pass.
+    half.reset()
+    for part in (first, *others):
+        half.add(*part)
+    half.finish(83)
+    assert all(torch.equal(half.sums()[name], total) for name, total in whole.sums().items())

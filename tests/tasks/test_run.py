@@ -94,6 +94,8 @@ def run(folder: Path, name: str, **options: Any) -> OneStepTrainer:
         kind.base().save_pretrained(base)
         eos_tokenizer(name).save_pretrained(base)
     peft_config = None if "method" in options else LoraConfig(r=4)
+    if name == "topics":  # of a random encoder, what 200 rows say out of fold does not carry over to others
+        options.setdefault("head_folds", 1)
     trainer = OneStepTrainer(
         model=base, args=config_for(folder / options.get("method", "lora"), **options),
         train_dataset=kind.rows(200, 1), search_dataset=kind.rows(60, 2), eval_dataset=kind.rows(60, 3),
@@ -234,7 +236,8 @@ def test_predictions_are_a_tasks_own(done: tuple[str, OneStepTrainer, Path]) -> 
     elif name == "score":
         with torch.no_grad():
             expected = float(model(**tokenizer("w1 w2 w50 w60", return_tensors="pt")).logits)
-        assert records[0]["value"] == pytest.approx(expected, rel=1e-4) and records[0]["value"] > records[1]["value"]
+        assert records[0]["value"] == pytest.approx(expected, rel=1e-4, abs=1e-3)  # of numbers in tens
+        assert records[0]["value"] > records[1]["value"]
     else:
         assert records[0]["generated_text"].startswith(" w")
 
