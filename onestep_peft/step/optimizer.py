@@ -319,12 +319,6 @@ def _best(trials: Sequence[Tensor]) -> Tensor:
     return min(trials, key=lambda losses: float(losses.mean().nan_to_num(math.inf)))
 
 
-def _behind(trials: Sequence[Tensor]) -> Callable[[], bool]:
-    """Whether the best of the trials still to come is surely worse than the best of those that there are."""
-    found, known = _best(trials), len(trials)
-    return lambda: surely_worse(_best(trials[known:]), found)
-
-
 def _below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whose names start with a prefix and a dot, by the rest of their names."""
     start = f"{prefix}."
