@@ -23,6 +23,8 @@ STAGES = ("base", "head", "after")
 HELD_OUT = "held-out rows"
 # Of more classes than these, the table shows the worst.
 CLASSES_SHOWN, WORST_SHOWN = 20, 10
+# The most searches that a picture shows at full size.
+STACKED_MAX = 3
 
 
 @dataclass
@@ -147,9 +149,15 @@ class StepReport:
         # Here, not at the top: matplotlib takes a second to load and most calls draw nothing.
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6.4, 4.0 * len(searched)), layout="constrained")
-        for axis, step in zip(figure.subplots(len(searched), squeeze=False)[:, 0], searched, strict=True):
-            _draw(axis, step)
+        # A few steps one under the other, many as a sheet of small pictures.
+        across, size = (1, (6.4, 4.0)) if len(searched) <= STACKED_MAX else (4, (4.0, 3.2))
+        down = -(-len(searched) // across)
+        figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).flatten()
+        for axis in axes[len(searched) :]:
+            axis.remove()
+        for number, (axis, step) in enumerate(zip(axes, searched, strict=False), 1):
+            _draw(axis, step, f"step {number}, " if len(searched) > 1 else "")
         figure.savefig(path, dpi=120, metadata={"Software": None})
         return True
 
@@ -187,7 +195,7 @@ def recall_table(recall: Mapping[str, Mapping[str, float]], counts: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-def _draw(axis: Any, step: dict[str, Any]) -> None:
+def _draw(axis: Any, step: dict[str, Any], prefix: str = "") -> None:
     before, lowest = step["loss_before"], step["loss_before"]
     for candidate in step["candidates"]:
         points = [(s, loss) for s, loss in candidate["points"] if s > 0 and loss is not None and math.isfinite(loss)]
@@ -203,7 +211,7 @@ def _draw(axis: Any, step: dict[str, Any]) -> None:
     axis.set_ylim(lowest - 0.1 * (before - lowest) - 1e-3, before + 0.25 * max(before - lowest, 0.05))
     axis.set_xlabel("step size")
     axis.set_ylabel("mean loss of the held-out rows (nats)")
-    axis.set_title(f"{step['direction']}: {'accepted' if step['accepted'] else 'refused'}")
+    axis.set_title(f"{prefix}{step['direction']}: {'accepted' if step['accepted'] else 'refused'}")
     axis.legend()
 
 
