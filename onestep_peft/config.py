@@ -33,7 +33,8 @@ class OneStepConfig(TrainingArguments):
         step_size: η of the update, or "search" to find it on held-out rows.
         max_steps: Number of steps, each with a pass, a search and a guard of its own.
         slices: Walk through the rows in so many slices, dealt out by content, and make a step after each: `max_steps`
-            times as many in all. The direction that the first step takes holds for the others.
+            times as many in all. The direction that the first step takes holds for the others. "auto": for language
+            models one slice for each 40,000 tokens that are learnt, at most 8; else, and for a fixed step size, one.
         stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.
         damping: λ of the `kfac` family, in units of each covariance's mean eigenvalue.
         rank: Rank of directions that name none; None for the smaller of 8 and the adapter's r, and for full weights
@@ -62,7 +63,7 @@ class OneStepConfig(TrainingArguments):
     )
     step_size: str | float = field(default="search", metadata={"help": '"search", or a number.'})
     max_steps: int = field(default=1, metadata={"help": "Number of steps, each over all rows."})
-    slices: int = field(default=1, metadata={"help": "Make a step after each of so many slices of the rows."})
+    slices: int | str = field(default=AUTO, metadata={"help": "Make a step after each of so many slices of the rows."})
     stop_at: float | None = field(
         default=None, metadata={"help": "Stop once metric_for_best_model reaches this on held-out rows."}
     )
@@ -101,7 +102,10 @@ class OneStepConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_direction()
         self._check_step()
-        _check_range("slices", self.slices, 1, None, "1", whole=True)
+        if self.slices != AUTO:
+            if isinstance(self.slices, str) and self.slices.isdecimal():  # from the command line
+                self.slices = int(self.slices)
+            _check_range("slices", self.slices, 1, None, '"auto"', whole=True)
         _check_range("damping", self.damping, 0, None, "0.1")
         _check_range("head_folds", self.head_folds, 1, None, "5", whole=True)
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")

@@ -47,7 +47,7 @@ class ExactGradientTrainer(Trainer):
     @property
     def slices(self) -> int:
         """How many steps a walk through the rows makes."""
-        return cast(OneStepConfig, self.args).slices
+        return int(cast(OneStepConfig, self.args).slices)
 
     @property
     def one_step(self) -> OneStepOptimizer:

@@ -56,6 +56,7 @@ class Plan:
         step_size: η, or None for a search.
         rank: The most that the rank of an update may be whose direction names none; None for the full one.
         steps: The most steps that are made.
+        slices: In how many slices the rows are walked through, with a step after each.
         rows: Number of rows for the "gradient", the "search", the "guard" and the "evaluation". Search and guard
             share theirs.
         groups: What moves; a layer whose gradient turns out to be rounding is left out then.
@@ -76,6 +77,7 @@ class Plan:
     step_size: float | None
     rank: int | None
     steps: int
+    slices: int
     rows: dict[str, int]
     groups: tuple[Group, ...]
     moved: int
@@ -91,7 +93,7 @@ class Plan:
         size = "searched" if self.step_size is None else f"{self.step_size:g}"
         lines = [
             f"rows       {', '.join(f'{number:,} {role}' for role, number in self.rows.items())}",
-            f"steps      {'at most ' * (self.steps > 1)}{self.steps}",
+            f"steps      {'at most ' * (self.steps > 1)}{self.steps}{self._slices_said()}",
             f"method     {self.method}",
             f"direction  {', '.join(self.directions)}{self._rank_said()}; step size {size}",
             *[f"left out   {', '.join(self.left_out)}: beyond `search_budget`"] * bool(self.left_out),
@@ -107,6 +109,9 @@ class Plan:
                 f"stays      {sum(self.unmoved.values()):,} trainable ones that no direction moves: {shown}{more}"
             )
         return "\n".join([*lines, *self._memory_lines(), *self._work_lines()]) + "\n"
+
+    def _slices_said(self) -> str:
+        return f": the rows are walked through in {self.slices} slices, with a step after each" * (self.slices > 1)
 
     def _rank_said(self) -> str:
         """Of the directions whose names do not tell theirs."""
@@ -192,6 +197,7 @@ def make_plan(
         step_size=config.fixed_step_size,
         rank=rank,
         steps=config.max_steps,
+        slices=int(config.slices),
         rows=rows,
         groups=tuple(groups),
         moved=_count(moved),
@@ -269,7 +275,7 @@ def _points(config: OneStepConfig, layers: Sequence[Layer | Prompt], directions:
 
 
 def _forwards(config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool) -> dict[str, int]:
-    held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // config.slices
+    held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // int(config.slices)
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
     # One look whether all losses are finite; before each step; at each point; and after the head was fitted again.
     looks = 1 + steps * (1 + points) + walks * int(fits_head)

@@ -36,7 +36,7 @@ from onestep_peft.report import StepReport, peak_memory, step_record
 from onestep_peft.rows import Sets
 from onestep_peft.saving import check_folder
 from onestep_peft.saving_trainer import SavingTrainer
-from onestep_peft.slices import check_slices
+from onestep_peft.slices import number_of_slices
 from onestep_peft.step import processes
 from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
@@ -103,7 +103,6 @@ class OneStepTrainer(SavingTrainer):
         task: str | None = None,
     ) -> None:
         config = OneStepConfig.upcast(args)
-        config.max_steps *= config.slices
         set_seed(config.seed)  # before the model is loaded and the adapter drawn
         check_folder(Path(config.output_dir or "."))
         if train_dataset is None:
@@ -130,7 +129,8 @@ class OneStepTrainer(SavingTrainer):
         self.tokenise = prepared.tokenise
         self.task, self._template_config = prepared.task, config_of(cast(nn.Module, prepared.model))
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
-        check_slices(config.slices, len(self._split.pass_rows))
+        config.slices = number_of_slices(config, listed(select(prepared.sets.train, self._split.pass_rows)), self.task)
+        config.max_steps *= config.slices
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]
         self._metric_names.append(getattr(compute_metrics, "__qualname__", ""))
@@ -270,7 +270,7 @@ class OneStepTrainer(SavingTrainer):
             config, layers = self._config, self.layers()
             settings = StepSettings(
                 self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
-                config.guard_confidence, settled=config.slices > 1,
+                config.guard_confidence, settled=self.slices > 1,
             )  # fmt: skip
             whitened = not WHITENED.isdisjoint(map(rule_of, self.directions))
             self.optimizer = OneStepOptimizer(

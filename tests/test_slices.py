@@ -10,13 +10,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from onestep_peft import OneStepTrainer
+from onestep_peft import OneStepConfig, OneStepTrainer
 from onestep_peft.held_out import by_content, listed
-from onestep_peft.slices import SlicedRows
+from onestep_peft.slices import SlicedRows, number_of_slices
+from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 from onestep_peft.tasks.task import UNLABELLED
 from tests.conftest import (
     assert_same_bits,
     bits,
+    config_for,
     relative_difference,
     tiny_bert,
     tokenised,
@@ -116,6 +118,30 @@ def test_the_direction_is_chosen_once_and_the_search_starts_where_the_last_ended
     assert len(first["candidates"]) == 2
     assert [[one["direction"] for one in step["candidates"]] for step in later] == [[first["direction"]]] * 2
     assert all(0 < step["share_moved"] < 1 for step in trainer.report.steps if step["accepted"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [(6, {}, 3), (40, {}, 8), (1, {}, 1), (6, {"slices": 2}, 2), (6, {"slices": "2"}, 2), (6, {"step_size": 0.1}, 1)],
+)
+def test_auto_asks_how_many_tokens_a_language_model_learns(
+    rows: int, options: dict[str, Any], expected: int, tmp_path: Path
+) -> None:
+    tokens = [
+        {"labels": [UNLABELLED] + [1] * 20_001} for _ in range(rows)
+    ]  # the first is not learnt, the second is given
+    assert number_of_slices(config_for(tmp_path, **options), tokens, TEXT_GENERATION) == expected
+
+
+def test_auto_is_one_for_classes() -> None:
+    rows = [{"labels": 0}] * 100_000
+    assert number_of_slices(OneStepConfig(output_dir="x", use_cpu=True), rows, TEXT_CLASSIFICATION) == 1
+
+
+def test_a_run_tells_its_slices(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, ROWS, slices=3, max_steps=2)
+    assert (trainer.args.slices, trainer.args.max_steps) == (3, 6)
+    assert "steps      at most 6: the rows are walked through in 3 slices" in trainer.plan().text()
 
 
 def test_more_slices_than_rows_are_refused(tmp_path: Path) -> None:

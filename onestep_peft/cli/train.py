@@ -60,6 +60,8 @@ ABOUT = """Adapts a pretrained model to your rows in one optimization step.
 Rows hold a text (or two) and a class, a list of classes or a number; `tokens` and a tag for each; or, for text
 generation, `text`, `prompt` and `completion`, or `messages`. Held-out rows choose how far the step goes, and whether
 it is kept."""
+# Options that take a word beside a number or a flag, as the help shows them.
+WORDS = {"step_size": "search|X", "fit_head": "auto|true|false", "slices": "auto|N"}
 GROUPS = {
     "what goes in and comes out": ["model", "dataset", "output_dir", "config", "dry_run"],
     "the rows": [],
@@ -83,9 +85,8 @@ def _parser() -> Parser:
         "train", ABOUT, kinds=kinds, epilog="`--help-all` lists the other options of transformers' Trainer."
     )
     for action in parser.options:
-        if action.dest in ("step_size", "fit_head"):  # "search" and "auto" stand beside numbers and flags
-            action.type = str
-            action.metavar = "search|X" if action.dest == "step_size" else "auto|true|false"
+        if action.dest in WORDS:
+            action.type, action.metavar = str, WORDS[action.dest]
     first = GROUPS["what goes in and comes out"]
     rows = [f.name for f in dataclasses.fields(TrainOptions) if f.name not in first]
     parser.arrange({**GROUPS, "the rows": [*rows, "max_length"]}, REST)
