@@ -3,7 +3,7 @@
 Protocol: every training row (a speech, cut at 128 tokens, nothing appended), one after the other as Trainer shuffles
 them for AdamW; the rate of AdamW is the best of four on the validation rows; the same validation rows choose the step
 and guard it. Told is the mean loss of the test rows' tokens, in nats, and the share of AdamW's fall of it that one
-step brings. No setting of the step is tuned.
+walk brings, in one step and in slices. No setting of the step is tuned.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from onestep_peft.tasks import TEXT_GENERATION
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = ("full", "lora")
+# What one walk through the rows does, by name: a step at its end, or what the defaults do: one after each slice.
+WALKS: dict[str, dict[str, Any]] = {"one step": {"slices": 1}, "one walk, 8 slices": {}}
 LENGTH, SEED, RANK = 128, 0, 8
 RESULTS = Results("language_model")
 
@@ -95,14 +97,14 @@ def adamw(setting: Setting, method: str, rate: float) -> dict[str, Any]:
     return {"losses": losses, "seconds": seconds}
 
 
-def one_step(setting: Setting, method: str) -> dict[str, Any]:
-    """One step with defaults."""
+def one_walk(setting: Setting, method: str, **options: Any) -> dict[str, Any]:
+    """One walk through the rows, with defaults or with these options of the config."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = OneStepTrainer(
             model=setting.base(),
             args=OneStepConfig(
                 output_dir=folder, method=method, seed=SEED, report_to="none", disable_tqdm=True,
-                per_device_train_batch_size=64, per_device_eval_batch_size=64,
+                per_device_train_batch_size=64, per_device_eval_batch_size=64, **options,
             ),
             train_dataset=setting.train,
             search_dataset=setting.validation,
@@ -111,15 +113,14 @@ def one_step(setting: Setting, method: str) -> dict[str, Any]:
             peft_config=LoraConfig(r=RANK, lora_alpha=RANK) if method == "lora" else None,
         )  # fmt: skip
         timed(trainer.train)
-    (step,), report = trainer.report.steps, trainer.report
-    model = trainer.model
+    report, model = trainer.report, trainer.model
     return {
         "losses": {"validation": setting.loss(model, setting.validation), "test": setting.loss(model, setting.test)},
         "seconds": report.seconds["total"],
         "parts": report.seconds,
-        "direction": step["direction"],
-        "step_size": step["step_size"],
-        "accepted": step["accepted"],
+        "directions": [step["direction"] for step in report.steps],
+        "step_sizes": [step["step_size"] for step in report.steps],
+        "accepted": [step["accepted"] for step in report.steps],
         "reported": report.metrics["after"],
     }
 
@@ -141,8 +142,9 @@ def run_missing(setting: Setting) -> None:
         for rate in RATES:
             if RESULTS.find(run="adamw", method=method, rate=rate) is None:
                 RESULTS.add({"run": "adamw", "method": method, "rate": rate, **adamw(setting, method, rate)})
-        if RESULTS.find(run="one step", method=method) is None:
-            RESULTS.add({"run": "one step", "method": method, **one_step(setting, method)})
+        for name, options in WALKS.items():
+            if RESULTS.find(run=name, method=method) is None:
+                RESULTS.add({"run": name, "method": method, **one_walk(setting, method, **options)})
         print(table(), flush=True)
 
 
@@ -165,11 +167,12 @@ def table() -> str:
 
     line("before", base)
     for method, name in (("full", "full weights"), ("lora", f"LoRA r{RANK}")):
-        epoch, step = best_adamw(method), RESULTS.find(run="one step", method=method)
+        epoch = best_adamw(method)
         if epoch is not None:
             line(f"AdamW, an epoch, {name}, rate {epoch['rate']:g} of {len(RATES)}", epoch)
-        if step is not None:
-            line(f"one step, {name}", step)
+        for walk in WALKS:
+            if (found := RESULTS.find(run=walk, method=method)) is not None:
+                line(f"{walk}, {name}", found)
     return "\n".join(lines)
 
 
