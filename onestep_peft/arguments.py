@@ -21,7 +21,7 @@ EVALUATION = "evaluates within the run, beside the stages of the report; these r
 
 #: Fields that do what they say, and what that is for a single step.
 HONOURED: dict[str, str] = {
-    "max_steps": "number of steps, each with a pass of its own; 1 by default",
+    "max_steps": "number of walks through the rows, each with as many steps as `slices` says; 1 by default",
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "auto_find_batch_size"), BATCHES),
     "bf16": "forwards and backwards in bfloat16, sums and update in fp32; the gradient is as exact as bfloat16",
     "tf32": "as in Trainer: rounds factors of products on the GPU",
