@@ -37,13 +37,13 @@ class Comparison:
 
     @property
     def tells(self) -> bool:
-        """Whether AdamW is further from the head than two standard errors, so that there is a gap to recover."""
+        """Whether AdamW is above the head by more than two standard errors, so that there is a gap to recover."""
         if self.best is None or self.head is None:
             return False
         ours, theirs = unpacked(self.head["right"]), unpacked(self.best["test"]["right"])
         differences = [b - a for a, b in zip(ours, theirs, strict=True)]
         error = statistics.pstdev(differences) / math.sqrt(len(differences))
-        return abs(statistics.mean(differences)) > ERRORS * error
+        return statistics.mean(differences) > ERRORS * error
 
     def score(self, arm: str, what: str = "score") -> float | None:
         if arm == ADAMW:
@@ -109,6 +109,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     for axis, ((name, number), seeds) in zip(axes[0], found.items(), strict=True):
         for one in seeds:
             for arm, row in one.arms.items():
+                if "cpu_seconds" not in row:
+                    continue
                 ours = arm in OURS
                 colour = "C3" if ours else "C0" if arm.startswith("adamw") else "0.6"
                 axis.plot(row["cpu_seconds"], row["test"]["score"], "*" if ours else ".", color=colour, markersize=9)
