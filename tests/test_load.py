@@ -17,9 +17,11 @@ from peft import LoraConfig
 from transformers import PreTrainedConfig
 
 from onestep_peft import OneStepTrainer, load
+from onestep_peft.hub import probe
 from tests.architectures.models import CONFIGS, save_base
 from tests.conftest import config_for, toy_rows, word_tokenizer
 from tests.hub_server import HubServer
+from tests.tasks.small import counting_texts, tiny_causal_llama
 
 LABELS = ["ant", "bee"]
 
@@ -166,6 +168,21 @@ def test_a_report_that_names_files_outside_its_folder_is_refused(saved: Path, tm
     (folder / "onestep.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="outside its folder"):
         load(folder)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*\.q_proj|lm_head"])
+def test_a_language_models_head_may_be_among_the_targets(targets: Any, tmp_path: Path) -> None:
+    tiny_causal_llama().save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = OneStepTrainer(
+        model=str(tmp_path / "base"),
+        args=config_for(tmp_path / "out", direction="sgd", step_size=0.5, guard=False),
+        train_dataset=counting_texts(20, 1),
+        peft_config=LoraConfig(r=4, target_modules=targets),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert probe.compare(tmp_path / "out")["difference"] <= 1e-6
 
 
 METRIC = """
