@@ -185,6 +185,19 @@ def test_a_language_models_head_may_be_among_the_targets(targets: Any, tmp_path:
     assert probe.compare(tmp_path / "out")["difference"] <= 1e-6
 
 
+def test_a_base_in_a_folder_has_no_revision(saved: Path, tmp_path: Path) -> None:
+    trainer = OneStepTrainer(
+        model=str(saved / "base"),
+        args=config_for(tmp_path / "out", direction="sgd", step_size=0.5, guard=False),
+        train_dataset=named_rows(20, 1),
+        peft_config=LoraConfig(r=4, revision="main"),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] is None
+    assert probe.compare(tmp_path / "out")["difference"] <= 1e-6
+
+
 METRIC = """
 import datasets
 import evaluate

@@ -155,6 +155,32 @@ def test_a_local_base_needs_a_name_and_is_then_pinned(
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before, "the folder here stays as it is"
 
 
+def test_a_bases_tag_is_pinned_as_the_commit_that_it_stands_for(world: World, hub: HubServer, client: Client) -> None:
+    hub.repo("user/base").refs["refs/tags/first"] = world.base_commit
+    script = """
+    import pathlib
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+    from onestep_peft import OneStepTrainer
+    from tests.conftest import config_for, word_tokenizer
+    from tests.test_load import named_rows
+
+    def saved(name, model, **options):
+        arguments = config_for(pathlib.Path(name), direction="sgd", step_size=0.1, guard=False)
+        rows = named_rows(20, 1)
+        trainer = OneStepTrainer(model, arguments, train_dataset=rows, processing_class=word_tokenizer(), **options)
+        trainer.train()
+        trainer.save_model()
+        files = [json.load(open(f"{name}/{file}")) for file in ("adapter_config.json", "onestep.json")]
+        return files[0]["revision"], files[1]["base_revision"]
+
+    base = lambda: AutoModelForSequenceClassification.from_pretrained("user/base", revision="first", num_labels=2)
+    config = LoraConfig(r=2, revision="first", task_type="SEQ_CLS")
+    answer = [*saved("tagged", base(), peft_config=config), *saved("wrapped", get_peft_model(base(), config))]
+    """
+    assert client.run(script) == [world.base_commit] * 4
+
+
 def test_what_gives_other_logits_is_not_pushed(world: World, hub: HubServer, client: Client, tmp_path: Path) -> None:
     def lose_precision(folder: Path) -> None:
         weights = load_file(folder / "adapter_model.safetensors")
