@@ -170,6 +170,12 @@ def test_a_report_that_names_files_outside_its_folder_is_refused(saved: Path, tm
         load(folder)
 
 
+def test_a_base_that_lacks_a_language_models_head_is_refused(saved: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", CONFIGS["llama"])
+    with pytest.raises(ValueError, match=r"lacks 'lm_head.weight'.* LlamaForCausalLM"):
+        OneStepTrainer(model=str(base), args=config_for(tmp_path / "out"), train_dataset=counting_texts(20, 1))
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*\.q_proj|lm_head"])
 def test_a_language_models_head_may_be_among_the_targets(targets: Any, tmp_path: Path) -> None:
     tiny_causal_llama().save_pretrained(tmp_path / "base")
