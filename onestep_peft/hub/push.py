@@ -243,13 +243,14 @@ def _leftovers(api: HfApi, copy: Path, target: Target, head: str) -> list[str]:
     Returns:
         Patterns that match these names only.
     """
+    ours = {path.relative_to(copy).as_posix() for path in _files(copy)}
     with tempfile.TemporaryDirectory() as folder:
         try:
             file = api.hf_hub_download(target.repo_id, FILE, revision=head, local_dir=folder)
             names = StepReport.from_json(Path(file).read_text(encoding="utf-8")).files
         except (RemoteEntryNotFoundError, ValueError):  # none there, or none of ours
             return []
-    return [glob.escape(name) for name in names if not (copy / name).exists()]
+    return [glob.escape(name) for name in names if name not in ours]
 
 
 def _moved_on(api: HfApi, copy: Path, target: Target, head: str, journal: Journal) -> str:

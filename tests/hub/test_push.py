@@ -68,6 +68,13 @@ def test_files_of_an_earlier_push_go_and_others_stay(
     assert len(list(hub.repo("user/twice").history("main"))) == 4, "one commit a push"
 
 
+def test_a_report_that_names_anything_is_no_hindrance(world: World, hub: HubServer, client: Client) -> None:
+    report = {"version": 1, "files": dict.fromkeys(["/etc/hostname", "../a", "*", "n" * 5000, "old.txt"], "")}
+    hub.add_repo("user/odd", {"onestep.json": json.dumps(report), "notes.txt": "mine", "old.txt": "ours"})
+    assert not push(client, world.adapter, "user/odd")["error"]
+    assert "notes.txt" in hub.files("user/odd") and "old.txt" not in hub.files("user/odd")
+
+
 def test_a_pull_request_may_come_from_a_stranger(world: World, hub: HubServer, client: Client) -> None:
     hub.add_repo("user/proposed", {"config.json": "{}"})
     refused = push(client, world.adapter, "user/proposed", token="hf_other")
