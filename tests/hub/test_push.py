@@ -122,6 +122,25 @@ def test_tokens_that_will_not_do_are_told(world: World, hub: HubServer, client: 
     assert hub.store.find("model", "user/refused") is None
 
 
+def test_a_token_may_end_in_a_line_break(world: World, hub: HubServer, client: Client) -> None:
+    assert not push(client, world.adapter, "user/broken-line", token="hf_write\n")["error"]
+
+
+def test_an_interrupted_push_says_what_was_sent(world: World, hub: HubServer, client: Client) -> None:
+    words = ["push", str(world.adapter), "user/interrupted"]
+    script = f"""
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+    real, HfApi.upload_folder = HfApi.upload_folder, interrupted
+    answer = shell(*{words!r})
+    HfApi.upload_folder = real
+    """
+    told = client.run(script)
+    assert told["status"] == 130 and "sent before that: the new, empty repository" in told["err"], told
+    assert "Push again" in told["err"] and "no result was saved" not in told["err"]
+    assert client.run(f"answer = shell(*{words!r})")["status"] == 0
+
+
 def test_bad_names_and_folders_are_refused_before_any_request(
     world: World, hub: HubServer, client: Client, tmp_path: Path
 ) -> None:
