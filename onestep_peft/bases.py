@@ -123,9 +123,9 @@ def load_base(
     return model
 
 
-def _from_pretrained(base: str, task: Task, **options: Any) -> Any:
+def _from_pretrained(base: str, task: Task, *, output_loading_info: bool = False, **options: Any) -> Any:
     try:
-        return task.auto_model.from_pretrained(base, **options)
+        model, found = task.auto_model.from_pretrained(base, output_loading_info=True, **options)
     except UNREADABLE as error:
         raise ValueError(_not_found(base, "model", error)) from error
     except RuntimeError as error:
@@ -136,6 +136,14 @@ def _from_pretrained(base: str, task: Task, **options: Any) -> Any:
             "classes. Name a base without a head or with a fitting one; or load it yourself, with "
             "`ignore_mismatched_sizes=True`, and pass that model to OneStepTrainer."
         ) from error
+    missing = found["missing_keys"]
+    # A head is fitted and saved with the rest; nothing does that for a part of a language model.
+    if missing and not task.has_head:
+        raise ValueError(
+            f"The base {base!r} lacks {min(missing)!r}, without which it is no model for {task.name}: it would be "
+            f"random, and another one each time. Name a base whose class is a {type(model).__name__}."
+        )
+    return (model, found) if output_loading_info else model
 
 
 def _options(task: Task, labels: Sequence[str], outputs: int | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
     Raises:
         ValueError: A name that leads outside, by itself or as a link, or a file that is not only data.
     """
-    inside = folder.resolve()
+    inside = _own(folder)
     for name in names:
         if _leads_outside(name):
             raise ValueError(f"The report names {name!r}, outside its folder. Do not use this folder.")
@@ -33,7 +33,6 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
             )
         if suffix in PROGRAMS:
             raise ValueError(f"{str(folder)!r} holds {name}, a program, and none is run here. Do not use this folder.")
-        # The Hub's client keeps the content of its files elsewhere, and links to it.
         if not is_cached(folder) and not (folder / name).resolve().is_relative_to(inside):
             raise ValueError(
                 f"{name} in {str(folder)!r} is a link to a file outside its folder. Do not use this folder; if the "
@@ -44,6 +43,17 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
 def is_cached(folder: Path) -> bool:
     """Whether a folder is one of the Hub's client, so that what its files say was written elsewhere."""
     return folder.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
+
+
+def _own(folder: Path) -> Path:
+    """What a folder's files may be links into: itself.
+
+    The Hub's client keeps the content of a snapshot in `blobs`, two folders up, also in a cache by another name.
+    """
+    real = folder.resolve()
+    repository = real.parents[1] if len(real.parents) > 1 else real
+    is_snapshot = real.parent.name == "snapshots" and repository.name.startswith("models--")
+    return repository if is_snapshot else real
 
 
 def _leads_outside(name: str) -> bool:

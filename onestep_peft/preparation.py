@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from onestep_peft import data, head, tasks
 from onestep_peft.bases import load_base, load_tokenizer, pinned
@@ -195,6 +197,7 @@ def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int 
         method.validate(config)
         _check_task(config, task)
         fresh = head.fresh_copies(base) if task.has_head and _is_untrained(model, method) else []
+        config.revision = _commit(base, config)
         return Adapted(model, method, task, fresh, head.last_layer(base, fresh, classes), config.revision)
     if peft_config is None:
         peft_config = method.default()
@@ -203,9 +206,22 @@ def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int 
     last = head.last_layer(model, fresh, classes)
     # A copy: a configuration that is used for two models must not carry the first one's layers to the second.
     config = copy.deepcopy(peft_config)
-    revision = getattr(config, "revision", None) or pinned(base.config.name_or_path)
-    wrapped = method.wrap(base, config, fresh, revision, task.peft_task_type)
-    return Adapted(wrapped, method, task, fresh, last, revision)
+    commit = _commit(base, config)
+    if config is not None:
+        config.revision = commit
+    wrapped = method.wrap(base, config, fresh, commit, task.peft_task_type)
+    return Adapted(wrapped, method, task, fresh, last, commit)
+
+
+def _commit(base: PreTrainedModel, config: Any) -> str | None:
+    """The base's commit; None for a folder, whatever revision a configuration that came from elsewhere names.
+
+    A branch or a tag may move on, so what it stands for now is kept in its place.
+    """
+    name, revision = base.config.name_or_path, getattr(config, "revision", None)
+    if not name or os.path.isdir(name):
+        return None
+    return pinned(name, revision) or revision
 
 
 def _check_task(config: Any, task: Task) -> None:

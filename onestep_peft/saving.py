@@ -72,6 +72,7 @@ def save_whole(folder: Path, write: Callable[[Path], StepReport]) -> StepReport:
         for path in [*files, staging / FILE]:
             target = folder / path.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
             os.replace(path, target)
         return report
     finally:

@@ -17,9 +17,11 @@ from peft import LoraConfig
 from transformers import PreTrainedConfig
 
 from onestep_peft import OneStepTrainer, load
+from onestep_peft.hub import probe
 from tests.architectures.models import CONFIGS, save_base
 from tests.conftest import config_for, toy_rows, word_tokenizer
 from tests.hub_server import HubServer
+from tests.tasks.small import counting_texts, tiny_causal_llama
 
 LABELS = ["ant", "bee"]
 
@@ -166,6 +168,40 @@ def test_a_report_that_names_files_outside_its_folder_is_refused(saved: Path, tm
     (folder / "onestep.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="outside its folder"):
         load(folder)
+
+
+def test_a_base_that_lacks_a_language_models_head_is_refused(saved: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", CONFIGS["llama"])
+    with pytest.raises(ValueError, match=r"lacks 'lm_head.weight'.* LlamaForCausalLM"):
+        OneStepTrainer(model=str(base), args=config_for(tmp_path / "out"), train_dataset=counting_texts(20, 1))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*\.q_proj|lm_head"])
+def test_a_language_models_head_may_be_among_the_targets(targets: Any, tmp_path: Path) -> None:
+    tiny_causal_llama().save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = OneStepTrainer(
+        model=str(tmp_path / "base"),
+        args=config_for(tmp_path / "out", direction="sgd", step_size=0.5, guard=False),
+        train_dataset=counting_texts(20, 1),
+        peft_config=LoraConfig(r=4, target_modules=targets),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert probe.compare(tmp_path / "out")["difference"] <= 1e-6
+
+
+def test_a_base_in_a_folder_has_no_revision(saved: Path, tmp_path: Path) -> None:
+    trainer = OneStepTrainer(
+        model=str(saved / "base"),
+        args=config_for(tmp_path / "out", direction="sgd", step_size=0.5, guard=False),
+        train_dataset=named_rows(20, 1),
+        peft_config=LoraConfig(r=4, revision="main"),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] is None
+    assert probe.compare(tmp_path / "out")["difference"] <= 1e-6
 
 
 METRIC = """

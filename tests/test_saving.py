@@ -128,6 +128,13 @@ def test_trainers_checkpoints_hold_no_token(world: tuple[Path, OneStepTrainer]) 
     assert trainer.args.hub_token == TOKEN  # for whoever pushes later
 
 
+def test_others_may_read_what_the_umask_lets_them(world: tuple[Path, OneStepTrainer]) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {file.stat().st_mode & 0o777 for file in saved_files(world[0] / "out")}
+    assert modes == {0o666 & ~umask}
+
+
 def test_the_picture_is_a_png(world: tuple[Path, OneStepTrainer]) -> None:
     from matplotlib.image import imread
 

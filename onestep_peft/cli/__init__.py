@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         said = str(error).strip().splitlines()[0]
         return _fail(f"out of memory ({said}) Try smaller batches (`--help` names the option).", FAILED)
-    except KeyboardInterrupt:
-        return _fail("interrupted; no result was saved", INTERRUPTED, kind="")
+    except KeyboardInterrupt as error:
+        return _fail(f"interrupted; {str(error) or 'no result was saved'}", INTERRUPTED, kind="")
 
 
 def _run(arguments: list[str]) -> int:

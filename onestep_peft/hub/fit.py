@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import PeftConfig, PromptLearningConfig, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from onestep_peft.hub.inspection import ADAPTER_WEIGHTS, CONFIG, Shapes
@@ -26,24 +29,29 @@ def check_adapter(skeleton: PreTrainedModel, config: PeftConfig, found: Shapes) 
     """
     kind = type(skeleton).__name__
     try:
-        wanted = _room(skeleton, config)
+        wanted, optional = _room(skeleton, config)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, IndexError, re.error) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"The adapter does not fit the base, a {kind}: {reason}") from error
-    for name, shape in wanted.items():
+    for name, shape in optional.items():
         if found.get(name, shape) != shape:
             raise ValueError(
                 f"The adapter does not fit the base, a {kind}: {name!r} in {ADAPTER_WEIGHTS} is {_by(found[name])}, "
                 f"and its place is {_by(shape)}."
             )
-    for what, names in (("lacks", wanted.keys() - found.keys()), ("has no place for", found.keys() - wanted.keys())):
+    for what, names in (("lacks", wanted.keys() - found.keys()), ("has no place for", found.keys() - optional.keys())):
         if names:
             who = ADAPTER_WEIGHTS if what == "lacks" else "the base"
             raise ValueError(f"The adapter does not fit the base, a {kind}: {who} {what} {min(names)!r}{_more(names)}.")
 
 
-def _room(skeleton: PreTrainedModel, config: PeftConfig) -> Shapes:
-    """The shapes of an adapter's weights on this base, by the names that PEFT saves them under."""
+def _room(skeleton: PreTrainedModel, config: PeftConfig) -> tuple[Shapes, Shapes]:
+    """The shapes of an adapter's weights on this base, by the names that PEFT saves them under.
+
+    Returns:
+        Those that it must have, and those with what may stand beside them: where `target_modules` name a language
+        model's head, PEFT saves the head's own weights too.
+    """
     embedding: Any = skeleton.get_input_embeddings()
     if isinstance(config, PromptLearningConfig) and config.token_dim != embedding.embedding_dim:
         raise ValueError(
@@ -54,7 +62,13 @@ def _room(skeleton: PreTrainedModel, config: PeftConfig) -> Shapes:
     config.base_model_name_or_path = None
     with torch.device("meta"):
         model: Any = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-    room = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the head is among the targets
+        must, may = (get_peft_model_state_dict(model, save_embedding_layers=option) for option in (False, "auto"))
+    return _shapes(must), _shapes(may)
+
+
+def _shapes(room: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(value.shape) for name, value in room.items()}
 
 

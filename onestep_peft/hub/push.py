@@ -15,7 +15,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundE
 from onestep_peft.errors import PushError, without_secrets
 from onestep_peft.hub.inspection import check_kind
 from onestep_peft.hub.probe import check_in_fresh_process
-from onestep_peft.hub.remote import Journal, StaleParentError, attempt, files_at
+from onestep_peft.hub.remote import Journal, StaleParentError, attempt, client, files_at, interruptible
 from onestep_peft.hub.staging import is_repo_id, pinned_base, staged
 from onestep_peft.report import FILE, StepReport
 from onestep_peft.saving import read_whole, sha256
@@ -106,13 +106,13 @@ def push(
         raise ValueError(
             "A pull request (`create_pr`) goes to main and has no tag yet. Leave out `revision` and `tag`."
         )
-    source, api, journal = Path(folder), HfApi(token=token), Journal(repo_id)
+    source, api, journal = Path(folder), client(token), Journal(repo_id)
     report = read_whole(source)
     check_kind(source, report)
     repo_id = journal.repo_id = full_name(api, repo_id, journal)
     base = pinned_base(api, source, report, base_model, journal)
     target = Target(repo_id, revision or MAIN, private, create_pr, tag, commit_message)
-    with staged(source, report, repo_id, base) as copy:
+    with interruptible(journal), staged(source, report, repo_id, base) as copy:
         difference = check_in_fresh_process(copy, token, allow_pickle=allow_pickle)
         files = {path.relative_to(copy).as_posix(): path.stat().st_size for path in _files(copy)}
         if dry_run:
@@ -243,13 +243,14 @@ def _leftovers(api: HfApi, copy: Path, target: Target, head: str) -> list[str]:
     Returns:
         Patterns that match these names only.
     """
+    ours = {path.relative_to(copy).as_posix() for path in _files(copy)}
     with tempfile.TemporaryDirectory() as folder:
         try:
             file = api.hf_hub_download(target.repo_id, FILE, revision=head, local_dir=folder)
             names = StepReport.from_json(Path(file).read_text(encoding="utf-8")).files
         except (RemoteEntryNotFoundError, ValueError):  # none there, or none of ours
             return []
-    return [glob.escape(name) for name in names if not (copy / name).exists()]
+    return [glob.escape(name) for name in names if name not in ours]
 
 
 def _moved_on(api: HfApi, copy: Path, target: Target, head: str, journal: Journal) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -49,6 +50,24 @@ class Journal:
         """Something that the user should see although the push goes on."""
         self.notes.append(text)
         logger.warning(text)
+
+
+def client(token: str | None) -> HfApi:
+    """The Hub's client. Like a token of the environment, one that was read from a file may end in a line break."""
+    return HfApi(token=token.strip() if isinstance(token, str) else token)
+
+
+@contextlib.contextmanager
+def interruptible(journal: Journal) -> Iterator[None]:
+    """Tells, after Ctrl-C, what was sent until then."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        sent = f"sent before that: {', '.join(journal.done)}" if journal.done else "nothing was sent for certain"
+        raise KeyboardInterrupt(
+            f"pushing to {journal.repo_id!r}, {sent}. The branch holds the old files, or all of the new ones. Push "
+            "again, which does no harm."
+        ) from error
 
 
 def attempt(what: str, call: Callable[[], T], journal: Journal, *, twice_is_safe: bool = True) -> T:

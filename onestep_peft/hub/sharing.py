@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import HfApi
 from torch import nn
 
 from onestep_peft.held_out import select
 from onestep_peft.hub import probe
 from onestep_peft.hub.push import PushResult, full_name, push
-from onestep_peft.hub.remote import Journal
+from onestep_peft.hub.remote import Journal, client
 from onestep_peft.hub.staging import is_repo_id
 from onestep_peft.scoring import ScoringTrainer
 from onestep_peft.wrapping import config_of
@@ -93,7 +92,7 @@ class SharingTrainer(ScoringTrainer):
                 "adapter. Name the model by its id there; or leave `push_to_hub` out, and name it later: "
                 "`trainer.push_to_hub(base_model=...)`."
             )
-        api = HfApi(token=token or self.args.hub_token)
+        api = client(token or self.args.hub_token)
         name = self.args.hub_model_id or Path(self.args.output_dir or ".").resolve().name
         self.hub_model_id = cast(Any, full_name(api, name, Journal(name)))
 

@@ -68,6 +68,13 @@ def test_files_of_an_earlier_push_go_and_others_stay(
     assert len(list(hub.repo("user/twice").history("main"))) == 4, "one commit a push"
 
 
+def test_a_report_that_names_anything_is_no_hindrance(world: World, hub: HubServer, client: Client) -> None:
+    report = {"version": 1, "files": dict.fromkeys(["/etc/hostname", "../a", "*", "n" * 5000, "old.txt"], "")}
+    hub.add_repo("user/odd", {"onestep.json": json.dumps(report), "notes.txt": "mine", "old.txt": "ours"})
+    assert not push(client, world.adapter, "user/odd")["error"]
+    assert "notes.txt" in hub.files("user/odd") and "old.txt" not in hub.files("user/odd")
+
+
 def test_a_pull_request_may_come_from_a_stranger(world: World, hub: HubServer, client: Client) -> None:
     hub.add_repo("user/proposed", {"config.json": "{}"})
     refused = push(client, world.adapter, "user/proposed", token="hf_other")
@@ -115,6 +122,25 @@ def test_tokens_that_will_not_do_are_told(world: World, hub: HubServer, client: 
     assert hub.store.find("model", "user/refused") is None
 
 
+def test_a_token_may_end_in_a_line_break(world: World, hub: HubServer, client: Client) -> None:
+    assert not push(client, world.adapter, "user/broken-line", token="hf_write\n")["error"]
+
+
+def test_an_interrupted_push_says_what_was_sent(world: World, hub: HubServer, client: Client) -> None:
+    words = ["push", str(world.adapter), "user/interrupted"]
+    script = f"""
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+    real, HfApi.upload_folder = HfApi.upload_folder, interrupted
+    answer = shell(*{words!r})
+    HfApi.upload_folder = real
+    """
+    told = client.run(script)
+    assert told["status"] == 130 and "sent before that: the new, empty repository" in told["err"], told
+    assert "Push again" in told["err"] and "no result was saved" not in told["err"]
+    assert client.run(f"answer = shell(*{words!r})")["status"] == 0
+
+
 def test_bad_names_and_folders_are_refused_before_any_request(
     world: World, hub: HubServer, client: Client, tmp_path: Path
 ) -> None:
@@ -153,6 +179,32 @@ def test_a_local_base_needs_a_name_and_is_then_pinned(
     assert (config["base_model_name_or_path"], config["revision"]) == ("user/base", world.base_commit)
     assert (report["base_model"], report["base_revision"]) == ("user/base", world.base_commit)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before, "the folder here stays as it is"
+
+
+def test_a_bases_tag_is_pinned_as_the_commit_that_it_stands_for(world: World, hub: HubServer, client: Client) -> None:
+    hub.repo("user/base").refs["refs/tags/first"] = world.base_commit
+    script = """
+    import pathlib
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+    from onestep_peft import OneStepTrainer
+    from tests.conftest import config_for, word_tokenizer
+    from tests.test_load import named_rows
+
+    def saved(name, model, **options):
+        arguments = config_for(pathlib.Path(name), direction="sgd", step_size=0.1, guard=False)
+        rows = named_rows(20, 1)
+        trainer = OneStepTrainer(model, arguments, train_dataset=rows, processing_class=word_tokenizer(), **options)
+        trainer.train()
+        trainer.save_model()
+        files = [json.load(open(f"{name}/{file}")) for file in ("adapter_config.json", "onestep.json")]
+        return files[0]["revision"], files[1]["base_revision"]
+
+    base = lambda: AutoModelForSequenceClassification.from_pretrained("user/base", revision="first", num_labels=2)
+    config = LoraConfig(r=2, revision="first", task_type="SEQ_CLS")
+    answer = [*saved("tagged", base(), peft_config=config), *saved("wrapped", get_peft_model(base(), config))]
+    """
+    assert client.run(script) == [world.base_commit] * 4
 
 
 def test_what_gives_other_logits_is_not_pushed(world: World, hub: HubServer, client: Client, tmp_path: Path) -> None:

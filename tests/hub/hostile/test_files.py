@@ -77,6 +77,20 @@ def test_links_that_lead_outside_are_refused(directory: bool, hostile: Callable[
         merge(folder, tmp_path / "merged")
 
 
+def test_a_snapshot_of_any_cache_may_link_to_its_blobs_only(folders: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "cache" / "models--user--news"
+    snapshot = repository / "snapshots" / "0123abc"
+    shutil.copytree(folders / "lora", snapshot)
+    shutil.copytree(folders / "base", snapshot.parent / "base")
+    (repository / "blobs").mkdir()
+    shutil.move(snapshot / ADAPTER, repository / "blobs" / "weights")
+    (snapshot / ADAPTER).symlink_to("../../blobs/weights")
+    load(snapshot)
+    shutil.move(repository / "blobs" / "weights", tmp_path / "elsewhere")
+    (repository / "blobs" / "weights").symlink_to(tmp_path / "elsewhere")
+    assert "is a link to a file outside its folder" in refusal(snapshot)
+
+
 def test_a_link_within_the_folder_is_read(folders: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders / "lora", tmp_path / "lora"))
     (folder / ADAPTER).rename(folder / "weights")
