@@ -11,19 +11,23 @@ from typing import Any
 import matplotlib
 from matplotlib import pyplot
 
+from .baselines import RATES
 from .settings import unpacked
 
 Row = dict[str, Any]
 OURS = ("one step, lora", "one step, full", "three steps, lora", "three steps, full")
 OTHERS = ("lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit")
 ADAMW = "AdamW, tuned"
+RATES_TIMES_EPOCHS = 2 * len(RATES)
 # Gaps within so many standard errors of the test scores say nothing.
 ERRORS = 2
 
 
 def best_adamw(rows: Iterable[Row]) -> Row | None:
-    """The run of AdamW that is best on the search rows, whatever its epochs, rate and head."""
+    """AdamW's run that is best on the search rows, whatever its epochs, rate and head; None before all rates ran."""
     runs = [row for row in rows if row["arm"].startswith("adamw")]
+    if sum("rate" in row["arm"] for row in runs) < RATES_TIMES_EPOCHS:
+        return None
     return max(runs, key=lambda row: (row["search"]["score"], -row["search"]["loss"]), default=None)
 
 
@@ -45,10 +49,10 @@ class Comparison:
         error = statistics.pstdev(differences) / math.sqrt(len(differences))
         return statistics.mean(differences) > ERRORS * error
 
-    def score(self, arm: str, what: str = "score") -> float | None:
-        if arm == ADAMW:
-            return self.best["test"][what] if self.best else None
-        return self.arms[arm]["test"][what] if arm in self.arms else None
+    def test(self, arm: str) -> dict[str, Any] | None:
+        """An arm's scores on the test rows, if it ran."""
+        row = self.best if arm == ADAMW else self.arms.get(arm)
+        return row["test"] if row else None
 
 
 def comparisons(rows: Sequence[Row]) -> dict[tuple[str, int], list[Comparison]]:
@@ -64,40 +68,39 @@ def comparisons(rows: Sequence[Row]) -> dict[tuple[str, int], list[Comparison]]:
 def pooled_gap(arm: str, all_of_them: Iterable[Comparison]) -> tuple[float, int] | None:
     """Σ(arm − head) / Σ(AdamW − head) over comparisons whose gap tells, and their number."""
     pairs = [
-        (arm_score - one.head["score"], one.best["test"]["score"] - one.head["score"])
+        (test["score"] - one.head["score"], one.best["test"]["score"] - one.head["score"])
         for one in all_of_them
-        if one.tells and one.head and one.best and (arm_score := one.score(arm)) is not None
+        if one.tells and one.head and one.best and (test := one.test(arm)) is not None
     ]
     total = sum(gap for _, gap in pairs)
     return (sum(gain for gain, _ in pairs) / total, len(pairs)) if total > 0 else None
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Mean score and log-loss over the seeds that an arm and AdamW both have, set by set, and the pooled gap."""
-    lines = ["| set, rows (seeds) | arm | score | log-loss | gap recovered |", "|---|---|---|---|---|"]
+    """Mean score and log-loss over the seeds of each arm, set by set, and the pooled gap where AdamW ran too."""
+    lines = ["| set, rows | arm | seeds | score | log-loss | gap recovered |", "|---|---|---|---|---|---|"]
     found = comparisons(rows)
     for (name, number), seeds in found.items():
-        complete = [one for one in seeds if one.best and one.head]
-        if not complete:
-            continue
-        heads = [one.head for one in complete if one.head]
-        mean = {what: statistics.mean(head[what] for head in heads) for what in ("score", "loss")}
-        where = f"{name}, {number} ({len(complete)})"
-        lines.append(f"| {where} | head alone | {mean['score']:.3f} | {mean['loss']:.3f} | |")
+        where = f"{name}, {number}"
+        heads = [one.head for one in seeds if one.head]
+        if heads:
+            lines.append(_line(where, "head alone", heads))
         for arm in (ADAMW, *OURS, *OTHERS):
-            there = [one for one in complete if one.score(arm) is not None]
-            if not there:
-                continue
-            score, loss = (statistics.mean(one.score(arm, what) or 0.0 for one in there) for what in ("score", "loss"))
-            gap = pooled_gap(arm, there)
-            recovered = f"{gap[0]:.2f}" if gap and arm != ADAMW else ""
-            lines.append(f"| {where} | {arm} | {score:.3f} | {loss:.3f} | {recovered} |")
+            tests = [test for one in seeds if (test := one.test(arm)) is not None]
+            gap = pooled_gap(arm, seeds) if arm != ADAMW else None
+            if tests:
+                lines.append(_line(where, arm, tests, f"{gap[0]:.2f} ({gap[1]})" if gap else ""))
     for number in sorted({number for _, number in found}):
         each = [one for (_, rows_), seeds in found.items() if rows_ == number for one in seeds]
         for arm in OURS:
             if gap := pooled_gap(arm, each):
-                lines.append(f"| all, {number} | {arm} | | | **{gap[0]:.2f}** ({gap[1]} runs) |")
+                lines.append(f"| all, {number} | {arm} | | | | **{gap[0]:.2f}** ({gap[1]}) |")
     return "\n".join(lines)
+
+
+def _line(where: str, arm: str, tests: Sequence[dict[str, Any]], gap: str = "") -> str:
+    score, loss = (statistics.mean(test[what] for test in tests) for what in ("score", "loss"))
+    return f"| {where} | {arm} | {len(tests)} | {score:.3f} | {loss:.3f} | {gap} |"
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
