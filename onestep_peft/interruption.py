@@ -139,7 +139,9 @@ class ResumableTrainer(ExactGradientTrainer):
         for name, value in state.report.items():
             setattr(self.report, name, value)
         self.seconds.update(state.seconds)
-        self.one_step.outcomes.extend(outcome_of(record) for record in state.steps)
+        for record in state.steps:
+            self.one_step.outcomes.append(outcome_of(record))
+            self.one_step.go_on_from(self.one_step.outcomes[-1])
         self.count_steps(state.step)
         self.log({"resumed_step": state.step + 1, "resumed_batch": state.batches})
 

@@ -110,7 +110,9 @@ class OneStepOptimizer(torch.optim.Optimizer):
         held_out_losses: Callable[[], Tensor] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        super().__init__(list(parameters), {"lr": settings.step_size if settings.step_size is not None else 1.0})
+        rate = settings.step_size if settings.step_size is not None else 1.0
+        # What the next step goes by travels in Trainer's checkpoints with the rate.
+        super().__init__(list(parameters), {"lr": rate, "scale": 1.0, "direction": ""})
         self.settings = settings
         self.layers = layers
         self.statistics = statistics or {}
@@ -187,7 +189,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
         before = Snapshot(self._parameters)
         evidence = Evidence(self.layers, self.statistics, self.gradients, before)
         settings = self.settings
-        names = [self.outcomes[-1].direction] if settings.settled and self.outcomes else settings.directions
+        settled = self.param_groups[0]["direction"] if settings.settled else ""
+        names = [settled] if settled else settings.directions
         candidates = build_candidates(evidence, names, damping=settings.damping, rank=settings.rank)
         clock.lap("directions")
         if not candidates:
@@ -204,7 +207,15 @@ class OneStepOptimizer(torch.optim.Optimizer):
         clock.lap("guard")
         outcome.seconds = clock.seconds
         self.outcomes.append(outcome)
+        self.go_on_from(outcome)
         return loss
+
+    def go_on_from(self, outcome: StepOutcome) -> None:
+        """Lets the next step's search start where this one's ended, and take its direction where that is settled."""
+        if outcome.share_moved > 0:
+            for group in self.param_groups:
+                group["direction"] = outcome.direction
+                group["scale"] = outcome.share_moved / share_at_start(outcome.direction)
 
     def _nothing_to_move(self) -> StepOutcome:
         before = float(self._losses().mean()) if self._losses is not None else float("nan")
@@ -238,7 +249,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         searched: list[tuple[Candidate, SearchResult]] = []
         # The next candidate starts at the relative length that was best for the last one, the first where the step
         # before ended.
-        scale = self._last_scale()
+        scale = self.param_groups[0]["scale"]
         for candidate in candidates:
             if fixed is None:
                 first = candidate.first
@@ -252,11 +263,6 @@ class OneStepOptimizer(torch.optim.Optimizer):
             candidate.apply(0.0)
             searched.append((candidate, result))
         return self._move(searched, trials), trials
-
-    def _last_scale(self) -> float:
-        """The share of the weights' norm that the step before moved them by, in units of where a search starts."""
-        moved = [outcome for outcome in self.outcomes if outcome.share_moved > 0]
-        return moved[-1].share_moved / share_at_start(moved[-1].direction) if moved else 1.0
 
     def _loss_along(self, moving: Candidate | Bundle, name: str, trials: list[Tensor]) -> Callable[[float], float]:
         """The held-out loss as a function of the step size; what each row has lost is added to `trials`."""
