@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onestep_peft.config import OneStepConfig
-from onestep_peft.held_out import listed, padded
+from onestep_peft.held_out import padded
 from onestep_peft.rows import Tokeniser
 from onestep_peft.slices import SlicedRows
 from onestep_peft.step import processes
@@ -74,7 +74,7 @@ class ExactGradientTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer; several processes get as many full micro-batches each, the last rows without labels."""
         rows: Any = self.train_dataset
-        self._sliced = SlicedRows(rows, listed(rows), self.slices, self._train_batch_size) if self.slices > 1 else None
+        self._sliced = SlicedRows(rows, self.slices, self._train_batch_size) if self.slices > 1 else None
         self.train_dataset = self._sliced or padded(rows, self._train_batch_size)
         try:
             return super().get_train_dataloader()

@@ -61,7 +61,7 @@ class HeadTrainer(SharingTrainer):
         """Whether a step is still to come."""
         return self.state.global_step < self.state.max_steps
 
-    def fit_head(self, *, install: bool = True) -> head.HeadFit:
+    def fit_head(self, *, install: bool = True) -> None:
         """Fits the head to the rows of the pass, or a sample of their tokens, and installs it.
 
         The next pass, if there is one, takes its residuals from heads that are fitted to all folds of the rows but one.
@@ -97,7 +97,6 @@ class HeadTrainer(SharingTrainer):
             processes.broadcast(layer.parameters())
         if folds is not None and self._folds is not None:
             self._fold_heads = out_of_fold.fit(found, folds, int(self._folds.max()) + 1, fitted, self.task)
-        return fitted
 
     def _folds_of(self, found: head.Features, numbers: Sequence[int]) -> Tensor | None:
         """The folds of all processes' items, `(items,)`; None where there is one fold only.
@@ -117,7 +116,7 @@ class HeadTrainer(SharingTrainer):
         if self._folds is None:
             folds = cast(OneStepConfig, self.args).head_folds
             self._folds = out_of_fold.fold_of_each(listed(self.train_dataset), folds)
-        return self._folds[torch.tensor(places).clamp_max(len(self._folds) - 1)]
+        return self._folds[torch.tensor(places)]
 
     def head_of_the_pass(self, places: Sequence[int]) -> contextlib.AbstractContextManager[None]:
         """For each row the head that was fitted without its fold."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
 from onestep_peft.config import AUTO, OneStepConfig
-from onestep_peft.held_out import by_content, without_labels
+from onestep_peft.held_out import by_content, listed, without_labels
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task
 
@@ -19,7 +18,7 @@ ITEMS_PER_SLICE = 40_000
 SLICES_MAX = 8
 
 
-def number_of_slices(config: OneStepConfig, rows: Sequence[dict[str, Any]], task: Task) -> int:
+def number_of_slices(config: OneStepConfig, rows: Any, task: Task) -> int:
     """What the configuration says; left to "auto", several for a language model with many tokens, else one.
 
     Raises:
@@ -28,7 +27,7 @@ def number_of_slices(config: OneStepConfig, rows: Sequence[dict[str, Any]], task
     if config.slices == AUTO:
         if task.has_head or config.fixed_step_size is not None:
             return 1
-        items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in rows)
+        items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
         return max(1, min(SLICES_MAX, items // ITEMS_PER_SLICE, len(rows)))
     slices = int(config.slices)
     if slices > len(rows):
@@ -46,7 +45,6 @@ class SlicedRows(Dataset):
 
     Args:
         rows: The rows of the pass, longest first; so are those of each slice.
-        listed: The same, one dict each.
         slices: Number of slices.
         batch_size: Rows of a micro-batch.
 
@@ -54,8 +52,8 @@ class SlicedRows(Dataset):
         current: Number of the slice that is there.
     """
 
-    def __init__(self, rows: Any, listed: Sequence[dict[str, Any]], slices: int, batch_size: int) -> None:
-        order = by_content(listed)
+    def __init__(self, rows: Any, slices: int, batch_size: int) -> None:
+        order = by_content(listed(rows))
         self._rows = rows
         self._parts = [sorted(order[i::slices]) for i in range(slices)]
         whole = batch_size * processes.number()

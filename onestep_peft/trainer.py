@@ -129,7 +129,7 @@ class OneStepTrainer(SavingTrainer):
         self.tokenise = prepared.tokenise
         self.task, self._template_config = prepared.task, config_of(cast(nn.Module, prepared.model))
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
-        config.slices = number_of_slices(config, listed(select(prepared.sets.train, self._split.pass_rows)), self.task)
+        config.slices = number_of_slices(config, select(prepared.sets.train, self._split.pass_rows), self.task)
         config.max_steps *= config.slices
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]

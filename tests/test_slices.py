@@ -33,7 +33,7 @@ FIXED: dict[str, Any] = {"direction": "kfac", "step_size": 5e-4, "guard": False,
 
 def sliced(rows: list[dict[str, Any]], slices: int = 3, batch_size: int = 8) -> SlicedRows:
     by_length = Dataset.from_list(sorted(listed(tokenised(rows)), key=lambda row: -len(row["input_ids"])))
-    return SlicedRows(by_length, listed(by_length), slices, batch_size)
+    return SlicedRows(by_length, slices, batch_size)
 
 
 def contents(rows: SlicedRows) -> list[list[tuple[int, ...]]]:

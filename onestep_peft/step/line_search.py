@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 FACTOR = 1.6
 # The most evaluations of one search.
 EVALUATIONS = 12
-# So many are made before a search can be given up.
-LOOKS = 2
 # And of the search for a further part of what moves, which starts from where the first part's ended.
 PART_EVALUATIONS = EVALUATIONS // 2
+# So many are made before a search can be given up.
+LOOKS = 2
 # Forwards of single rows that several searches may take in any case: seconds for a small model.
 FORWARDS = 20_000
 # A row of the pass, forward and backward, takes as long as so many forwards.
