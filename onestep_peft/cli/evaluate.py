@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onestep_peft import data
-from onestep_peft.cli.parsing import ALLOW_PICKLE, Parser, be_quiet, parse, require
+from onestep_peft.cli.parsing import Parser, add_source_options, be_quiet, parse, require
 from onestep_peft.cli.splits import to_score
 from onestep_peft.evaluation import Evaluation, evaluate
 from onestep_peft.hub.load import load
@@ -47,9 +47,7 @@ def _parser() -> Parser:
     parser.add_argument("--batch-size", "--batch_size", type=int, default=32, help="Rows at a time (default: 32).")
     parser.add_argument("--bf16", action="store_true", help="Compute in bfloat16, as a run with --bf16 did.")
     parser.add_argument("--use-cpu", "--use_cpu", action="store_true", help="Leave an accelerator alone.")
-    parser.add_argument("--revision", help="Branch, tag or commit of a repository.")
-    parser.add_argument("--base-model", "--base_model", help="The base, where it has moved.")
-    parser.add_argument("--allow-pickle", "--allow_pickle", action="store_true", help=ALLOW_PICKLE)
+    add_source_options(parser)
     parser.required.append("dataset")
     return parser
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onestep_peft.cli.parsing import ALLOW_PICKLE, Parser, be_quiet, parse, require
+from onestep_peft.cli.parsing import Parser, add_source_options, be_quiet, parse, require
 from onestep_peft.merging import merge
 
 ABOUT = """Makes one plain model of a LoRA adapter and its base, that loads without PEFT and without this package.
@@ -18,9 +18,7 @@ def run(arguments: list[str]) -> None:
     parser = Parser("merge", ABOUT, "FOLDER OUT")
     parser.positional("folder", help="A LoRA that `onestep train` wrote, or a repository on the Hub.")
     parser.positional("out", help="A folder for the model, which is not there yet.")
-    parser.add_argument("--revision", help="Branch, tag or commit of a repository.")
-    parser.add_argument("--base-model", "--base_model", help="The base, where it has moved.")
-    parser.add_argument("--allow-pickle", "--allow_pickle", action="store_true", help=ALLOW_PICKLE)
+    add_source_options(parser)
     parser.add_argument("--float32", action="store_true", help="Widen weights of 16 bits, so that nothing is rounded.")
     given = parse(parser, arguments)
     require(parser, given)

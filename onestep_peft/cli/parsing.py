@@ -152,6 +152,13 @@ def build(kind: Any, given: Mapping[str, Any]) -> Any:
     return kind(**{name: value for name, value in given.items() if name in names})
 
 
+def add_source_options(parser: Parser) -> None:
+    """Options of every command that loads a folder or repository."""
+    parser.add_argument("--revision", help="Branch, tag or commit of a repository.")
+    parser.add_argument("--base-model", "--base_model", help="The base, where it has moved.")
+    parser.add_argument("--allow-pickle", "--allow_pickle", action="store_true", help=ALLOW_PICKLE)
+
+
 def be_quiet() -> None:
     """Leaves the screen to what this command says: bars of single files and reports of expected gaps are noise."""
     logging.set_verbosity_error()

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from tqdm.auto import tqdm
 
 from onestep_peft.cli import rows as inputs
-from onestep_peft.cli.parsing import ALLOW_PICKLE, Parser, be_quiet, parse, require
+from onestep_peft.cli.parsing import Parser, add_source_options, be_quiet, parse, require
 from onestep_peft.hub.load import load
 from onestep_peft.prediction import Record, check_texts, predict
 from onestep_peft.saving import check_file, whole_file
@@ -48,9 +48,7 @@ def _parser() -> Parser:
         "--max-new-tokens", "--max_new_tokens", type=int,
         help="How far a text is continued, in text generation (default: 64).",
     )  # fmt: skip
-    parser.add_argument("--revision", help="Branch, tag or commit of a repository.")
-    parser.add_argument("--base-model", "--base_model", help="The base, where it has moved.")
-    parser.add_argument("--allow-pickle", "--allow_pickle", action="store_true", help=ALLOW_PICKLE)
+    add_source_options(parser)
     return parser
 
 
