@@ -45,6 +45,10 @@ class OneStepConfig(TrainingArguments):
             plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
         head_folds: The pass takes each row's residual from a head that was fitted without it: the rows are dealt into
             so many folds, and each fold's head is fitted to the others. 1 for the one fitted head.
+        body_folds: With several steps over the same rows, each row's gradient after the first step is taken at a body
+            that has not moved by it: the rows are dealt into so many parts, and each part's body is moved by the
+            others. Holds a copy of what moves, and of its gradient, for each part. 1 for the model itself; so it is
+            where the step size is fixed.
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
         search_rows_max: The most rows that are held out of the training set.
         guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
@@ -78,6 +82,10 @@ class OneStepConfig(TrainingArguments):
     head_folds: int = field(
         default=5, metadata={"help": "Folds of the rows, whose residuals come from heads fitted to the others (1: no)."}
     )
+    body_folds: int = field(
+        default=2,
+        metadata={"help": "With several steps: parts of the rows, each with a body that the others move."},
+    )
     search_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows held out."})
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
     guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
@@ -108,6 +116,7 @@ class OneStepConfig(TrainingArguments):
             _check_range("slices", self.slices, 1, None, '"auto"', whole=True)
         _check_range("damping", self.damping, 0, None, "0.1")
         _check_range("head_folds", self.head_folds, 1, None, "5", whole=True)
+        _check_range("body_folds", self.body_folds, 1, None, "2", whole=True)
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
         _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from onestep_peft.config import OneStepConfig
 from onestep_peft.held_out import padded
 from onestep_peft.rows import Tokeniser
-from onestep_peft.slices import SlicedRows
+from onestep_peft.slices import PartedRows, SlicedRows
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
@@ -50,6 +50,11 @@ class ExactGradientTrainer(Trainer):
         return int(cast(OneStepConfig, self.args).slices)
 
     @property
+    def parts(self) -> int:
+        """Into how many parts the rows of a pass are dealt, each with a body of its own."""
+        return 1
+
+    @property
     def one_step(self) -> OneStepOptimizer:
         """The step's optimizer, out of accelerate's wrapping."""
         optimizer: Any = self.optimizer
@@ -67,6 +72,7 @@ class ExactGradientTrainer(Trainer):
     def begin_pass(self) -> None:
         """Before the first micro-batch of a step."""
         self.one_step.begin_pass()
+        self.one_step.goes_on = self.parts > 1 and self.state.global_step + 1 < self.state.max_steps
         self.forget_cursor()
         self._loss_sum = torch.zeros((), device=self.args.device)
         self._pass_began = time.perf_counter()
@@ -74,7 +80,11 @@ class ExactGradientTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer; several processes get as many full micro-batches each, the last rows without labels."""
         rows: Any = self.train_dataset
-        self._sliced = SlicedRows(rows, self.slices, self._train_batch_size) if self.slices > 1 else None
+        self._sliced = None
+        if self.slices > 1:
+            self._sliced = SlicedRows(rows, self.slices, self._train_batch_size)
+        elif self.parts > 1:
+            self._sliced = PartedRows(rows, self.parts, self._train_batch_size)
         self.train_dataset = self._sliced or padded(rows, self._train_batch_size)
         try:
             return super().get_train_dataloader()
@@ -96,6 +106,8 @@ class ExactGradientTrainer(Trainer):
         Returns:
             Zero, and for the last micro-batch the mean loss of the pass, so that Trainer logs just that.
         """
+        if isinstance(self._sliced, PartedRows):
+            self.one_step.enter_part(self._sliced.part(processes.dealt(self._cursor, self._train_batch_size)))
         with self.accelerator.no_sync(model):  # the sums of all processes are added up once, at the end
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss_sum = self._loss_sum + loss

@@ -33,7 +33,7 @@ class HeadTrainer(SharingTrainer):
     held_out: HeldOut | None
     _progress: StepProgress | None
     _fold_heads: FoldHeads | None = None
-    _folds: Tensor | None = None
+    _folds: dict[int, Tensor]
 
     @property
     def bare_model(self) -> nn.Module:
@@ -57,6 +57,11 @@ class HeadTrainer(SharingTrainer):
             raise ValueError("`fit_head=True`, but the model has no freshly initialised head. Leave it out.")
         return self.adapted.head is not None and (not config.is_plain if wanted == "auto" else bool(wanted))
 
+    def head_layer(self) -> nn.Linear:
+        """The last layer of the fresh head."""
+        assert self.adapted.head is not None
+        return head.active(self.bare_model, self.adapted.head)
+
     def another_pass(self) -> bool:
         """Whether a step is still to come."""
         return self.state.global_step < self.state.max_steps
@@ -72,11 +77,8 @@ class HeadTrainer(SharingTrainer):
         Raises:
             ValueError: A feature that is not finite, with the rows it comes from.
         """
-        assert self.adapted.head is not None
-        layer = head.active(self.bare_model, self.adapted.head)
-        numbers = self._head_rows()
-        rows = padded(select(self.train_dataset, numbers), self.args.eval_batch_size)
-        found = head.features(self.bare_model, layer, self._watched(self.get_test_dataloader(rows), "head"))
+        layer, numbers = self.head_layer(), self._head_rows()
+        found = self._features(numbers)
         bad = found.rows[~torch.isfinite(found.x).all(1)].unique().tolist()
         if bad:
             alone = self.accelerator.num_processes == 1
@@ -86,45 +88,66 @@ class HeadTrainer(SharingTrainer):
         if self.held_out is not None:
             held_features = head.features(self.bare_model, layer, self.held_out.batches).gathered()
             held = held_features.x, held_features.labels
-        folds = self._folds_of(found, numbers) if self.another_pass() else None
-        found = found.gathered()
+        everyone = found.gathered()
         fitted = head.fit(
-            found.x, found.labels, held_out=held, outputs=layer.out_features, bias=layer.bias is not None,
+            everyone.x, everyone.labels, held_out=held, outputs=layer.out_features, bias=layer.bias is not None,
             task=self.task,
         )  # fmt: skip
         if install:
             head.install(layer, fitted)
             processes.broadcast(layer.parameters())
-        if folds is not None and self._folds is not None:
-            self._fold_heads = out_of_fold.fit(found, folds, int(self._folds.max()) + 1, fitted, self.task)
+        if self.another_pass() and cast(OneStepConfig, self.args).head_folds > 1:
+            apart = self.one_step.bodies.apart
+            self._fold_heads = self._heads_at_bodies(numbers, fitted) if apart else self._heads(found, numbers, fitted)
 
-    def _folds_of(self, found: head.Features, numbers: Sequence[int]) -> Tensor | None:
-        """The folds of all processes' items, `(items,)`; None where there is one fold only.
+    def _features(self, numbers: Sequence[int]) -> head.Features:
+        """What the head's last layer sees of rows at these places of the pass, as far as this process has them."""
+        rows = padded(select(self.train_dataset, numbers), self.args.eval_batch_size)
+        batches = self._watched(self.get_test_dataloader(rows), "head")
+        return head.features(self.bare_model, self.head_layer(), batches)
+
+    def _heads(self, found: head.Features, numbers: Sequence[int], whole: head.HeadFit) -> FoldHeads | None:
+        """The heads of the folds for the features of rows at these places of the pass."""
+        folds = cast(OneStepConfig, self.args).head_folds
+        of_items = self._folds_of(found, numbers, folds)
+        return out_of_fold.fit(found.gathered(), of_items, int(self._all_folds(folds).max()) + 1, whole, self.task)
+
+    def _heads_at_bodies(self, numbers: Sequence[int], whole: head.HeadFit) -> FoldHeads | None:
+        """The same for each part of the rows at its body: fold f of part p is fold f · parts + p of all."""
+        bodies, folds = self.one_step.bodies, cast(OneStepConfig, self.args).head_folds
+        heads: list[FoldHeads | None] = []
+        for part in range(bodies.parts):
+            own = [number for number in numbers if int(self._all_folds(bodies.parts)[number]) == part]
+            with bodies.standing_in(part):
+                found = self._features(own)
+            of_items = self._folds_of(found, own, folds * bodies.parts) // bodies.parts
+            heads.append(out_of_fold.fit(found.gathered(), of_items, folds, whole, self.task))
+        return FoldHeads.interleaved(heads)
+
+    def _folds_of(self, found: head.Features, numbers: Sequence[int], folds: int) -> Tensor:
+        """The folds of all processes' items, `(items,)`.
 
         Args:
             found: This process' items.
             numbers: Places in the pass of the rows that all processes' items come from.
+            folds: How many there are.
         """
-        if cast(OneStepConfig, self.args).head_folds < 2:
-            return None
         rows = [processes.dealt(row, self.args.eval_batch_size) for row in found.rows.tolist()]
         places = [numbers[min(row, len(numbers) - 1)] for row in rows]  # rows behind the last have no labels
-        return processes.gathered(self._fold_of_rows(places).to(found.x.device))
+        return processes.gathered(self._all_folds(folds)[torch.tensor(places)].to(found.x.device))
 
-    def _fold_of_rows(self, places: Sequence[int]) -> Tensor:
-        """The folds of rows at these places of the pass, `(rows,)`."""
-        if self._folds is None:
-            folds = cast(OneStepConfig, self.args).head_folds
-            self._folds = out_of_fold.fold_of_each(listed(self.train_dataset), folds)
-        return self._folds[torch.tensor(places)]
+    def _all_folds(self, folds: int) -> Tensor:
+        """The fold of each row of the pass, `(rows,)`."""
+        if folds not in self._folds:
+            self._folds[folds] = out_of_fold.fold_of_each(listed(self.train_dataset), folds)
+        return self._folds[folds]
 
     def head_of_the_pass(self, places: Sequence[int]) -> contextlib.AbstractContextManager[None]:
         """For each row the head that was fitted without its fold."""
         if self._fold_heads is None:
             return super().head_of_the_pass(places)
-        assert self.adapted.head is not None
-        layer = head.active(self.bare_model, self.adapted.head)
-        return self._fold_heads.answering(layer, self._fold_of_rows(places))
+        folds = self._all_folds(len(self._fold_heads.weight))
+        return self._fold_heads.answering(self.head_layer(), folds[torch.tensor(places)])
 
     def fixed_in_the_pass(self) -> dict[str, Tensor]:
         """The heads of the folds."""
@@ -156,8 +179,7 @@ class HeadTrainer(SharingTrainer):
 
     def refit_head(self, outcome: StepOutcome) -> None:
         """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""
-        assert self.adapted.head is not None
-        layer = head.active(self.bare_model, self.adapted.head)
+        layer = self.head_layer()
         before = Snapshot(layer.parameters())
         self.fit_head()
         loss = float(self.held_out_losses().mean())

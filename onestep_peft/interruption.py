@@ -206,7 +206,8 @@ class ResumableTrainer(ExactGradientTrainer):
         state.report = {name: getattr(self.report, name) for name in REPORTED}
         state.seconds = {**self.seconds, "pass": self.pass_seconds + time.perf_counter() - self._pass_began}
         # Until the step moves them, the parameters are what they were at its start.
-        start = {str(i): parameter for i, parameter in enumerate(self.trainable())}
+        own = self.one_step.bodies.own
+        start = {str(i): own(parameter) for i, parameter in enumerate(self.trainable())}
         try:
             sums = {**self.one_step.sums(), "loss": self._loss_sum, **self.fixed_in_the_pass()}
             pass_state.save(self._folder, state, start, sums)

@@ -71,6 +71,16 @@ class FoldHeads:
         weight = named.get(f"{PREFIX}weight")
         return None if weight is None else cls(weight, named.get(f"{PREFIX}bias"))
 
+    @classmethod
+    def interleaved(cls, parts: Sequence[FoldHeads | None]) -> FoldHeads | None:
+        """Fold f of part p becomes fold f · parts + p; None where some part has no heads."""
+        there = [part for part in parts if part is not None]
+        if len(there) < len(parts):
+            return None
+        weight = torch.stack([part.weight for part in there], 1).flatten(0, 1)
+        biases = [part.bias for part in there if part.bias is not None]
+        return cls(weight, torch.stack(biases, 1).flatten(0, 1) if biases else None)
+
     @contextmanager
     def answering(self, layer: nn.Module, folds: Tensor) -> Iterator[None]:
         """While open, the layer answers for each row of a batch as the head of its fold would.

@@ -1,4 +1,4 @@
-"""The rows of a pass in slices, each with a step of its own."""
+"""The rows of a pass in slices, each with a step of its own, or in parts, each with a body of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from onestep_peft.config import AUTO, OneStepConfig
 from onestep_peft.held_out import by_content, listed, without_labels
+from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task
 
@@ -53,12 +54,15 @@ class SlicedRows(Dataset):
     """
 
     def __init__(self, rows: Any, slices: int, batch_size: int) -> None:
-        order = by_content(listed(rows))
         self._rows = rows
-        self._parts = [sorted(order[i::slices]) for i in range(slices)]
+        self._parts = self._dealt(slices)
         whole = batch_size * processes.number()
-        self._length = -(-len(self._parts[0]) // whole) * whole
+        self._length = -(-max(map(len, self._parts)) // whole) * whole
         self.current = 0
+
+    def _dealt(self, slices: int) -> list[list[int]]:
+        order = by_content(listed(self._rows))
+        return [sorted(order[i::slices]) for i in range(slices)]
 
     def __len__(self) -> int:
         return self._length
@@ -66,10 +70,43 @@ class SlicedRows(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < self._length:
             raise IndexError(i)  # what ends an iteration
-        row = self._rows[self.row(i)]
-        return row if i < len(self._parts[self.current]) else without_labels(row)
+        return self._at(self.current, i)
 
     def row(self, i: int) -> int:
         """The number, among all rows, of the one at this place; behind the last one the last one's."""
-        part = self._parts[self.current]
+        return self._row(self.current, i)
+
+    def _row(self, slice_: int, i: int) -> int:
+        part = self._parts[slice_]
         return part[min(i, len(part) - 1)]
+
+    def _at(self, slice_: int, i: int) -> dict[str, Any]:
+        row = self._rows[self._row(slice_, i)]
+        return row if i < len(self._parts[slice_]) else without_labels(row)
+
+
+class PartedRows(SlicedRows):
+    """Slices one behind the other, in one pass: the parts of the rows, equal rows in the same one.
+
+    No micro-batch has rows of two parts.
+    """
+
+    def _dealt(self, slices: int) -> list[list[int]]:
+        parts = fold_of_each(listed(self._rows), slices)
+        return [parts.eq(part).nonzero().flatten().tolist() for part in range(int(parts.max()) + 1)]
+
+    def __len__(self) -> int:
+        return len(self._parts) * self._length
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._at(*divmod(i, self._length))
+
+    def row(self, i: int) -> int:
+        """The number, among all rows, of the one at this place; behind a part's last one that one's."""
+        return self._row(*divmod(min(i, len(self) - 1), self._length))
+
+    def part(self, i: int) -> int:
+        """The part of the row at this place."""
+        return i // self._length

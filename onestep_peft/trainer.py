@@ -23,8 +23,8 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
-from onestep_peft import head, preparation
 from onestep_peft import metrics as metric_names
+from onestep_peft import preparation
 from onestep_peft.callbacks import StepCallback, StepProgress
 from onestep_peft.collation import check_lengths, collator_for
 from onestep_peft.config import AUTO, OneStepConfig
@@ -181,7 +181,7 @@ class OneStepTrainer(SavingTrainer):
     def plan(self) -> Plan:
         """What `train` would do and cost. The model is not called, and nothing is changed or written."""
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset or ()]
-        fitted = head.active(self.bare_model, self.adapted.head) if self.fits_head() and self.adapted.head else None
+        fitted = self.head_layer() if self.fits_head() else None
         wanted = self._method.auto if self._config.directions == (AUTO,) else self.directions
         return make_plan(
             self.bare_model,
@@ -207,7 +207,7 @@ class OneStepTrainer(SavingTrainer):
         """
         self.check_free(Path(self._config.output_dir or "."))
         self.report = StepReport()
-        self.optimizer, self._head_done, self._fold_heads, self._folds = None, False, None, None
+        self.optimizer, self._head_done, self._fold_heads, self._folds = None, False, None, {}
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
         self._before: Snapshot | None = None
@@ -270,8 +270,9 @@ class OneStepTrainer(SavingTrainer):
             config, layers = self._config, self.layers()
             settings = StepSettings(
                 self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
-                config.guard_confidence, settled=self.slices > 1,
+                config.guard_confidence, settled=self.slices > 1, parts=self.parts,
             )  # fmt: skip
+            head_parameters = set(self.head_layer().parameters()) if self.fits_head() else set()
             whitened = not WHITENED.isdisjoint(map(rule_of, self.directions))
             self.optimizer = OneStepOptimizer(
                 self.trainable(),
@@ -280,6 +281,7 @@ class OneStepTrainer(SavingTrainer):
                 statistics=self._stack.enter_context(observed(layers, whitened)),
                 held_out_losses=self.held_out_losses if self.held_rows is not None else None,
                 progress=self._show_point,
+                body=[parameter for parameter in self.trainable() if parameter not in head_parameters],
             )
             self._stack.enter_context(self.optimizer.gradients.collected())
         return self.optimizer
@@ -287,6 +289,16 @@ class OneStepTrainer(SavingTrainer):
     @property
     def _config(self) -> OneStepConfig:
         return cast(OneStepConfig, self.args)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the rows are dealt: several where the step is searched, and more passes follow."""
+        config = self._config
+        once = config.max_steps == 1 or self.slices > 1
+        alone = not any(isinstance(layer, Layer) for layer in self.layers())
+        if once or config.fixed_step_size is not None or alone or (self.fits_head() and config.head_folds == 1):
+            return 1
+        return min(config.body_folds, len(self.pass_rows))
 
     @property
     def _rank(self) -> int | None:
@@ -314,8 +326,8 @@ class OneStepTrainer(SavingTrainer):
     def settings_of_the_run(self) -> dict[str, Any]:
         """What the update and the report depend on, beside rows and model."""
         names = (
-            "fit_head", "head_folds", "slices", "seed", "bf16", "activation_checkpointing", "damping", "rank",
-            "step_size", "guard", "guard_confidence",
+            "fit_head", "head_folds", "body_folds", "slices", "seed", "bf16", "activation_checkpointing", "damping",
+            "rank", "step_size", "guard", "guard_confidence",
         )  # fmt: skip
         config = self._config
         return {

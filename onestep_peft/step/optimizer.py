@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from onestep_peft.step import processes
+from onestep_peft.step.bodies import Bodies
 from onestep_peft.step.candidates import Bundle, Candidate, Evidence, build_candidates, share_at_start
 from onestep_peft.step.guard import cross_fitted, judge, surely_worse
 from onestep_peft.step.layers import Layer, Prompt
@@ -37,6 +38,7 @@ class StepSettings:
         guard: Whether held-out rows may refuse the step.
         guard_confidence: Share of resamples that must agree before the evidence counts as strong.
         settled: Whether the direction that the first step takes holds for the later ones.
+        parts: Into how many parts the rows are dealt, each with a body of its own; see `step.bodies`.
     """
 
     directions: Sequence[str]
@@ -46,13 +48,15 @@ class StepSettings:
     guard: bool
     guard_confidence: float
     settled: bool = False
+    parts: int = 1
 
 
 @dataclass
 class StepOutcome:
     """What one step did. Losses are means over rows in nats, NaN where no held-out rows were at hand.
 
-    `step_size` and `candidates` speak of the first part of what moves, `parts` of the searches for the others.
+    `step_size` and `candidates` speak of the first part of what moves, `parts` of the searches for the others. `reach`
+    has, by part, the step size in units of the first one tried.
     """
 
     direction: str
@@ -67,6 +71,7 @@ class StepOutcome:
     parts: list[tuple[str, SearchResult]] = field(default_factory=list)
     head_refitted: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    reach: dict[str, float] = field(default_factory=dict)
 
 
 class _Clock:
@@ -98,6 +103,11 @@ class OneStepOptimizer(torch.optim.Optimizer):
         held_out_losses: Losses of the held-out rows at the model as it stands, `(rows,)`; None without such rows,
             and then the step size must be fixed and nothing guards it.
         progress: Called with (candidate, step size, mean loss) after each point of the search.
+        body: The parameters that a part's body has of its own; None for all.
+
+    Attributes:
+        bodies: Those of the parts.
+        goes_on: Whether another pass over the same rows follows the step.
     """
 
     def __init__(
@@ -109,6 +119,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         statistics: Mapping[str, Statistics] | None = None,
         held_out_losses: Callable[[], Tensor] | None = None,
         progress: Progress | None = None,
+        body: Sequence[Tensor] | None = None,
     ) -> None:
         rate = settings.step_size if settings.step_size is not None else 1.0
         # What the next step goes by travels in Trainer's checkpoints with the rate.
@@ -121,6 +132,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self._progress = progress
         self.gradients = ParameterGradients(self._parameters)
         self._items = 0.0
+        self.bodies = Bodies(self._parameters if body is None else body, settings.parts, lambda: self.state)
+        self.goes_on = False
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -129,9 +142,32 @@ class OneStepOptimizer(torch.optim.Optimizer):
     def begin_pass(self) -> None:
         """Empties the sums: a pass that was cut short leaves nothing behind."""
         self._items = 0.0
+        self.bodies.begin_pass()
         self.gradients.reset()
         for record in self.statistics.values():
             record.reset()
+
+    def enter_part(self, part: int) -> None:
+        """Before a micro-batch of rows of this part."""
+        if self.goes_on:
+            self.bodies.close_before(part, self._gradients_by_layer())
+        self.bodies.enter(part)
+
+    def _gradients_by_layer(self) -> dict[str, Tensor]:
+        """What the layers' gradients have been summed up to, `(d_out, d_in)` each."""
+        found: dict[str, Tensor] = {}
+        for layer in self.layers:
+            if isinstance(layer, Layer):
+                total = self._gradient_in_place(layer)
+                found[layer.name] = self.statistics[layer.name].gradient if total is None else total
+        return found
+
+    def _gradient_in_place(self, layer: Layer) -> Tensor | None:
+        """The gradient of a layer's parameter, as a matrix; None for a layer whose statistics sum it up."""
+        if layer.parameter is None:
+            return None
+        total = self.gradients.of(layer.parameter())
+        return layer.as_matrix(total) if total is not None else torch.zeros(())
 
     def count(self, items: float) -> None:
         """Adds the number of items (rows, or labelled tokens) of a micro-batch."""
@@ -143,7 +179,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         named |= {f"gradient.{i}": total for i, total in self.gradients.sums().items()}
         for name, record in self.statistics.items():
             named |= {f"statistics.{name}.{key}": total for key, total in record.sums().items()}
-        return named
+        return named | {f"bodies.{name}": tensor for name, tensor in self.bodies.tensors().items()}
 
     def load_sums(self, named: Mapping[str, Tensor]) -> None:
         """Takes over what `sums` returned."""
@@ -151,6 +187,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self.gradients.load(_below("gradient", named))
         for name, record in self.statistics.items():
             record.load(_below(f"statistics.{name}", named))
+        self.bodies.load(_below("bodies", named))
 
     @torch.no_grad()
     def finish_pass(self) -> float:
@@ -162,15 +199,16 @@ class OneStepOptimizer(torch.optim.Optimizer):
         items = self._all_items()
         if items == 0:
             raise ValueError("The pass met no labelled item, so there is no gradient. Check the label column.")
+        self.bodies.finish_pass(items)
         processes.sum_over(total for _, total in self.gradients.all())
         self.gradients.divide(items)
         for layer in self.layers:
             record = self.statistics[layer.name]
             record.reduce()
             record.finish(items)
-            if isinstance(layer, Layer) and layer.parameter is not None:
-                total = self.gradients.of(layer.parameter())
-                record.gradient = layer.as_matrix(total) if total is not None else torch.zeros(())
+            total = self._gradient_in_place(layer) if isinstance(layer, Layer) else None
+            if total is not None:
+                record.gradient = total
             if not torch.isfinite(record.gradient).all():
                 raise ValueError(f"The gradient of {layer.name} is not finite, though the loss is. Try `bf16=False`.")
         return items
@@ -199,6 +237,10 @@ class OneStepOptimizer(torch.optim.Optimizer):
         kept = False
         try:
             outcome = self._decide(candidates, clock)
+            if outcome.accepted and self.goes_on:
+                self.bodies.follow(
+                    evidence, outcome.direction, outcome.reach, damping=settings.damping, rank=settings.rank
+                )
             kept = outcome.accepted
         finally:  # an error or an interruption in the search leaves the model as it was
             if not kept:
@@ -297,6 +339,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         lost = best.apply(step_size) if fixed else best.first.apply(step_size)
         outcome = StepOutcome(best.name, step_size, points, before, after, True, "accepted: not guarded", lost)
         if not fixed:
+            outcome.reach = {next(iter(best.parts)): step_size / best.first.start}
             outcome.share_moved = step_size / best.first.start * share_at_start(best.name)
             self._move_other_parts(best, outcome, trials)
         return outcome
@@ -311,6 +354,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
             )
             step_size, outcome.loss_after = result.best
             part.apply(step_size)
+            outcome.reach[name] = step_size / part.start
             outcome.parts.append((name, result))
 
 

@@ -26,6 +26,9 @@ class Snapshot:
             parameter: parameter.detach().to("cpu" if large else parameter.device, copy=True) for parameter in held
         }
 
+    def __contains__(self, parameter: Tensor) -> bool:
+        return parameter in self._copies
+
     def of(self, parameter: Tensor) -> Tensor:
         """A parameter's copy."""
         return self._copies[parameter]

@@ -1,0 +1,178 @@
+"""Bodies that have not moved by the rows that they answer for.
+
+After a step the model knows the rows that moved it: their losses are lower than other rows', and a second gradient of
+theirs says little that holds elsewhere. Here the rows are dealt into parts. Beside the model there is a body for each
+part, which every step moves along with it by the gradients of the *other* parts alone, and a later pass takes each
+row's gradient at the body of its part. It is the cross-fitting of Chernozhukov et al., "Double/debiased machine
+learning", Econometrics Journal 21, 2018, with the body of a network for the nuisance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep_peft.step import processes
+from onestep_peft.step.candidates import Evidence, build_candidates
+from onestep_peft.step.layers import Layer
+from onestep_peft.step.snapshot import Snapshot
+from onestep_peft.step.statistics import LayerStatistics
+
+# A parameter's state in torch.optim's sense, which Trainer's checkpoints hold.
+KEY = "bodies"
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Bodies:
+    """What moves of the model, once for each part of the rows.
+
+    Args:
+        parameters: What a step moves; the head is not among them.
+        parts: Into how many parts the rows are dealt; with one there is no body but the model's own.
+        state: Returns the optimizer's state by parameter, where the bodies are kept, `(parts, *shape)` each. Asked for
+            anew each time: loading a checkpoint replaces it.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], parts: int, state: Callable[[], State]) -> None:
+        self.parts = parts
+        self._parameters, self._state = list(parameters), state
+        self._model: Snapshot | None = None  # the model's own parameters, while a body stands in for them
+        self._inside: int | None = None
+        self._closed: list[dict[str, Tensor]] = []
+
+    @property
+    def apart(self) -> bool:
+        """Whether the bodies have moved, and so differ from the model."""
+        return self.parts > 1 and bool(self._parameters) and KEY in self._state().get(self._parameters[0], {})
+
+    @torch.no_grad()
+    def enter(self, part: int) -> None:
+        """Lets a part's body stand in for the model's own, until `leave`."""
+        if not self.apart or part == self._inside:
+            return
+        self._model = self._model or Snapshot(self._parameters)
+        for parameter in self._parameters:
+            parameter.copy_(self._state()[parameter][KEY][part])
+        self._inside = part
+
+    def leave(self) -> None:
+        """The model as it is."""
+        if self._model is not None:
+            self._model.restore()
+        self._model = self._inside = None
+
+    @contextmanager
+    def standing_in(self, part: int) -> Iterator[None]:
+        """While open, a part's body stands in for the model's own."""
+        self.enter(part)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def own(self, parameter: Tensor) -> Tensor:
+        """The model's own parameter, whoever stands in for it."""
+        return self._model.of(parameter) if self._model is not None and parameter in self._model else parameter
+
+    # The gradients of the parts
+
+    def begin_pass(self) -> None:
+        """No part has been passed through."""
+        self.leave()
+        self._closed = []
+
+    def close_before(self, part: int, sums: Mapping[str, Tensor]) -> None:
+        """Notes the gradients' sums where a part begins, for those before it.
+
+        Args:
+            sums: By layer, `(d_out, d_in)`, over all rows so far.
+        """
+        while len(self._closed) < min(part, self.parts - 1):
+            self._closed.append({name: total.clone() for name, total in sums.items()})
+
+    @torch.no_grad()
+    def finish_pass(self, items: float) -> None:
+        """Adds up what the processes have noted, and turns it into means over all items."""
+        self.leave()
+        for sums in self._closed:
+            processes.sum_over(sums.values())
+            for total in sums.values():
+                total /= items
+
+    def _of_others(self, part: int, name: str, total: Tensor) -> Tensor:
+        """A layer's gradient less this part's share of it."""
+        until = self._closed[part][name] if part < len(self._closed) else total
+        return total - until + (self._closed[part - 1][name] if part > 0 else 0)
+
+    @torch.no_grad()
+    def follow(
+        self, evidence: Evidence, direction: str, reach: Mapping[str, float], *, damping: float, rank: int | None
+    ) -> None:
+        """Moves each body as the model has been moved: the same rule, as far, by the gradients of the other parts.
+
+        Args:
+            evidence: What the pass has left, with the parameters as they were before the step.
+            direction: The step's.
+            reach: By part of the model, the step size in units of the first one tried.
+            damping: As in `build_candidates`.
+            rank: As in `build_candidates`.
+        """
+        if len(self._closed) < self.parts - 1:
+            return
+        moved, before, apart = Snapshot(self._parameters), evidence.before, self.apart
+        bodies: list[list[Tensor]] = []
+        for part in range(self.parts):
+            for parameter in self._parameters:
+                parameter.copy_(self._state()[parameter][KEY][part] if apart else before.of(parameter))
+            with self._gradients_of_others(evidence, part):
+                start = Snapshot(self._parameters)
+                own = Evidence(evidence.layers, evidence.statistics, evidence.gradients, start)
+                for candidate in build_candidates(own, [direction], damping=damping, rank=rank):
+                    for name, bundle in candidate.parts.items():
+                        bundle.apply(reach.get(name, 0.0) * bundle.start)
+            processes.broadcast(self._parameters)
+            bodies.append([parameter.detach().clone() for parameter in self._parameters])
+        moved.restore()
+        for parameter, copies in zip(self._parameters, zip(*bodies, strict=True), strict=True):
+            self._state()[parameter][KEY] = torch.stack(copies)
+
+    @contextmanager
+    def _gradients_of_others(self, evidence: Evidence, part: int) -> Iterator[None]:
+        records = {
+            layer.name: record
+            for layer in evidence.layers
+            if isinstance(layer, Layer) and isinstance(record := evidence.statistics[layer.name], LayerStatistics)
+        }
+        totals = {name: record.gradient for name, record in records.items()}
+        for name, record in records.items():
+            record.gradient = self._of_others(part, name, totals[name])
+        try:
+            yield
+        finally:
+            for name, record in records.items():
+                record.gradient = totals[name]
+
+    # What an unfinished pass keeps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The bodies and the gradients of parts, by name."""
+        named = {f"gradients.{i}.{name}": total for i, sums in enumerate(self._closed) for name, total in sums.items()}
+        if self.apart:
+            named |= {f"moved.{i}": self._state()[parameter][KEY] for i, parameter in enumerate(self._parameters)}
+        return named
+
+    def load(self, named: Mapping[str, Tensor]) -> None:
+        """Takes over what `tensors` returned."""
+        self._closed = []
+        for i, parameter in enumerate(self._parameters):
+            if f"moved.{i}" in named:
+                self._state()[parameter][KEY] = named[f"moved.{i}"].to(parameter)
+        for i in range(self.parts - 1):
+            prefix = f"gradients.{i}."
+            sums = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+            if sums:
+                self._closed.append(sums)
