@@ -127,7 +127,7 @@ def main() -> None:
         wanted = (options.sets or [setting.name], options.rows or [setting.rows], options.seeds or [setting.seed])
         if setting.name in wanted[0] and setting.rows in wanted[1] and setting.seed in wanted[2]:
             run_missing(setting, tuple(options.arms or ("",)))
-    print(summary.table(RESULTS.rows()))
+    print(summary.table(RESULTS.rows()), summary.harm(RESULTS.rows()), sep="\n\n")
     summary.draw(RESULTS.rows(), RESULTS.path.with_suffix(".png"))
 
 

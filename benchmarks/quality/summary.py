@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib import pyplot
+from scipy.stats import binomtest
 
 from .baselines import RATES
 from .settings import unpacked
@@ -74,6 +75,29 @@ def pooled_gap(arm: str, all_of_them: Iterable[Comparison]) -> tuple[float, int]
     ]
     total = sum(gap for _, gap in pairs)
     return (sum(gain for gain, _ in pairs) / total, len(pairs)) if total > 0 else None
+
+
+def harm(rows: Iterable[Row]) -> str:
+    """Whether an accepted step has lowered a test score: McNemar's exact test of head against step, run by run.
+
+    Only rows that one of the two gets right and the other wrong say something; the smallest p is corrected for the
+    number of runs (Bonferroni).
+    """
+    worse, ps = 0, []
+    for row in rows:
+        if not any(row.get("accepted", ())):
+            continue
+        before, after = unpacked(row["head"]["right"]), unpacked(row["test"]["right"])
+        lost = sum(b and not a for b, a in zip(before, after, strict=True))
+        won = sum(a and not b for b, a in zip(before, after, strict=True))
+        worse += lost > won
+        ps.append(binomtest(lost, lost + won, alternative="greater").pvalue if lost + won else 1.0)
+    if not ps:
+        return "No step was accepted."
+    return (
+        f"{len(ps)} runs with an accepted step; in {worse} of them the test score fell below the head alone, and the "
+        f"smallest p of a loss, times {len(ps)}, is {min(1.0, min(ps) * len(ps)):.2g}."
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
