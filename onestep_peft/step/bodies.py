@@ -2,7 +2,7 @@
 
 After a step the model knows the rows that moved it: their losses are lower than other rows', and a second gradient of
 theirs says little that holds elsewhere. Here the rows are dealt into parts. Beside the model there is a body for each
-part, which every step moves along with it by the gradients of the *other* parts alone, and a later pass takes each
+part, which every step moves along with it by the rows of the *other* parts alone, and a later pass takes each
 row's gradient at the body of its part. It is the cross-fitting of Chernozhukov et al., "Double/debiased machine
 learning", Econometrics Journal 21, 2018, with the body of a network for the nuisance.
 """
@@ -43,6 +43,7 @@ class Bodies:
         self._model: Snapshot | None = None  # the model's own parameters, while a body stands in for them
         self._inside: int | None = None
         self._closed: list[dict[str, Tensor]] = []
+        self._total: dict[str, Tensor] = {}
 
     @property
     def apart(self) -> bool:
@@ -78,41 +79,53 @@ class Bodies:
         """The model's own parameter, whoever stands in for it."""
         return self._model.of(parameter) if self._model is not None and parameter in self._model else parameter
 
-    # The gradients of the parts
+    # What the parts' rows say
 
     def begin_pass(self) -> None:
         """No part has been passed through."""
         self.leave()
-        self._closed = []
+        self._closed, self._total = [], {}
 
     def close_before(self, part: int, sums: Mapping[str, Tensor]) -> None:
-        """Notes the gradients' sums where a part begins, for those before it.
+        """Notes, where a part begins, what the rows before it have summed up to.
 
         Args:
-            sums: By layer, `(d_out, d_in)`, over all rows so far.
+            sums: `items`, and by layer and name what its statistics and its gradient are so far.
         """
         while len(self._closed) < min(part, self.parts - 1):
-            self._closed.append({name: total.clone() for name, total in sums.items()})
+            self._closed.append(_copied(sums))
 
-    @torch.no_grad()
-    def finish_pass(self, items: float) -> None:
-        """Adds up what the processes have noted, and turns it into means over all items."""
-        self.leave()
-        for sums in self._closed:
-            processes.sum_over(sums.values())
-            for total in sums.values():
-                total /= items
+    def end_pass(self, sums: Mapping[str, Tensor]) -> None:
+        """Notes the sums of all parts, and adds up what the processes have noted."""
+        self._total = _copied(sums)
+        for noted in (*self._closed, self._total):
+            processes.sum_over(noted.values())
 
-    def _of_others(self, part: int, name: str, total: Tensor) -> Tensor:
-        """A layer's gradient less this part's share of it."""
-        until = self._closed[part][name] if part < len(self._closed) else total
-        return total - until + (self._closed[part - 1][name] if part > 0 else 0)
+    def _others(self, part: int) -> dict[str, Tensor]:
+        """The sums over the rows of all parts but this one."""
+        until = self._closed[part] if part < len(self._closed) else self._total
+        before = self._closed[part - 1] if part > 0 else {}
+        return {name: total - until[name] + before.get(name, 0) for name, total in self._total.items()}
+
+    def _evidence_of_others(self, evidence: Evidence, part: int) -> Evidence:
+        """What a pass through the other parts alone would have left, for the layers."""
+        sums, records = self._others(part), dict(evidence.statistics)
+        items = float(sums["items"])
+        for layer in evidence.layers:
+            record = records[layer.name]
+            if isinstance(layer, Layer) and isinstance(record, LayerStatistics):
+                prefix = f"{layer.name}/"
+                own = {name.removeprefix(prefix): sums.pop(name) for name in list(sums) if name.startswith(prefix)}
+                records[layer.name] = record.of(own, items)
+        return Evidence(evidence.layers, records, evidence.gradients, Snapshot(self._parameters))
 
     @torch.no_grad()
     def follow(
         self, evidence: Evidence, direction: str, reach: Mapping[str, float], *, damping: float, rank: int | None
     ) -> None:
-        """Moves each body as the model has been moved: the same rule, as far, by the gradients of the other parts.
+        """Moves each body as the model has been moved: by the same rule, as far, by what the other parts' rows say.
+
+        Not even a covariance is shared: whitened by its own δ, a row's gradient would be held back.
 
         Args:
             evidence: What the pass has left, with the parameters as they were before the step.
@@ -121,46 +134,29 @@ class Bodies:
             damping: As in `build_candidates`.
             rank: As in `build_candidates`.
         """
-        if len(self._closed) < self.parts - 1:
+        if not self._total:
             return
         moved, before, apart = Snapshot(self._parameters), evidence.before, self.apart
         bodies: list[list[Tensor]] = []
         for part in range(self.parts):
             for parameter in self._parameters:
                 parameter.copy_(self._state()[parameter][KEY][part] if apart else before.of(parameter))
-            with self._gradients_of_others(evidence, part):
-                start = Snapshot(self._parameters)
-                own = Evidence(evidence.layers, evidence.statistics, evidence.gradients, start)
-                for candidate in build_candidates(own, [direction], damping=damping, rank=rank):
-                    for name, bundle in candidate.parts.items():
-                        bundle.apply(reach.get(name, 0.0) * bundle.start)
+            own = self._evidence_of_others(evidence, part)
+            for candidate in build_candidates(own, [direction], damping=damping, rank=rank):
+                for name, bundle in candidate.parts.items():
+                    bundle.apply(reach.get(name, 0.0) * bundle.start)
             processes.broadcast(self._parameters)
             bodies.append([parameter.detach().clone() for parameter in self._parameters])
+        self._closed, self._total = [], {}
         moved.restore()
         for parameter, copies in zip(self._parameters, zip(*bodies, strict=True), strict=True):
             self._state()[parameter][KEY] = torch.stack(copies)
 
-    @contextmanager
-    def _gradients_of_others(self, evidence: Evidence, part: int) -> Iterator[None]:
-        records = {
-            layer.name: record
-            for layer in evidence.layers
-            if isinstance(layer, Layer) and isinstance(record := evidence.statistics[layer.name], LayerStatistics)
-        }
-        totals = {name: record.gradient for name, record in records.items()}
-        for name, record in records.items():
-            record.gradient = self._of_others(part, name, totals[name])
-        try:
-            yield
-        finally:
-            for name, record in records.items():
-                record.gradient = totals[name]
-
     # What an unfinished pass keeps
 
     def tensors(self) -> dict[str, Tensor]:
-        """The bodies and the gradients of parts, by name."""
-        named = {f"gradients.{i}.{name}": total for i, sums in enumerate(self._closed) for name, total in sums.items()}
+        """The bodies and the sums of parts, by name."""
+        named = {f"sums.{i}.{name}": total for i, sums in enumerate(self._closed) for name, total in sums.items()}
         if self.apart:
             named |= {f"moved.{i}": self._state()[parameter][KEY] for i, parameter in enumerate(self._parameters)}
         return named
@@ -172,7 +168,11 @@ class Bodies:
             if f"moved.{i}" in named:
                 self._state()[parameter][KEY] = named[f"moved.{i}"].to(parameter)
         for i in range(self.parts - 1):
-            prefix = f"gradients.{i}."
+            prefix = f"sums.{i}."
             sums = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
             if sums:
                 self._closed.append(sums)
+
+
+def _copied(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: total.clone() for name, total in sums.items()}

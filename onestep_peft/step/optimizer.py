@@ -150,16 +150,17 @@ class OneStepOptimizer(torch.optim.Optimizer):
     def enter_part(self, part: int) -> None:
         """Before a micro-batch of rows of this part."""
         if self.goes_on:
-            self.bodies.close_before(part, self._gradients_by_layer())
+            self.bodies.close_before(part, self._sums_of_layers())
         self.bodies.enter(part)
 
-    def _gradients_by_layer(self) -> dict[str, Tensor]:
-        """What the layers' gradients have been summed up to, `(d_out, d_in)` each."""
-        found: dict[str, Tensor] = {}
+    def _sums_of_layers(self) -> dict[str, Tensor]:
+        """`items`, and by layer and name what its statistics and its gradient are so far."""
+        found = {"items": torch.tensor(self._items, device=self._parameters[0].device)}
         for layer in self.layers:
             if isinstance(layer, Layer):
                 total = self._gradient_in_place(layer)
-                found[layer.name] = self.statistics[layer.name].gradient if total is None else total
+                sums = self.statistics[layer.name].sums() | ({} if total is None else {"gradient": total})
+                found |= {f"{layer.name}/{name}": one for name, one in sums.items()}
         return found
 
     def _gradient_in_place(self, layer: Layer) -> Tensor | None:
@@ -196,10 +197,12 @@ class OneStepOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The pass met no labelled item, or a gradient is not finite.
         """
+        self.bodies.leave()
+        if self.goes_on:
+            self.bodies.end_pass(self._sums_of_layers())
         items = self._all_items()
         if items == 0:
             raise ValueError("The pass met no labelled item, so there is no gradient. Check the label column.")
-        self.bodies.finish_pass(items)
         processes.sum_over(total for _, total in self.gradients.all())
         self.gradients.divide(items)
         for layer in self.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -135,6 +136,16 @@ class LayerStatistics:
         else:
             self.input_covariance /= self.tokens.clamp_min(1)
         self._tokens_per_item = float(self.tokens) / items
+
+    def of(self, sums: Mapping[str, Tensor], items: float) -> LayerStatistics:
+        """What other sums come to: those of `sums`, with the gradient's among them in any case."""
+        other = copy.copy(self)
+        for name, total in sums.items():
+            setattr(other, name, total)
+        if not self._sums_gradient:
+            other.gradient = other.gradient / items
+        other.finish(items)
+        return other
 
     def is_noise(self) -> bool:
         """Whether the gradient is so far below what x and δ allow that only rounding is left in it."""
