@@ -47,7 +47,7 @@ class OneStepConfig(TrainingArguments):
             so many folds, and each fold's head is fitted to the others. 1 for the one fitted head.
         body_folds: With several steps over the same rows, each row's gradient after the first step is taken at a body
             that has not moved by it: the rows are dealt into so many parts, and each part's body is moved by the
-            others. Holds a copy of what moves, and of its gradient, for each part. 1 for the model itself; so it is
+            others. Holds a copy of what moves, and of its statistics, for each part. 1 for the model itself; so it is
             where the step size is fixed.
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
         search_rows_max: The most rows that are held out of the training set.

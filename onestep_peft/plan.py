@@ -65,7 +65,8 @@ class Plan:
         unmoved: Trainable parameters that no direction moves, by name: their number.
         frozen: Number of parameters that are not trainable.
         memory: Bytes by what they hold: "weights", "gradients" (fp32), "statistics", "snapshot" (trainable parameters
-            as they were, twice) and "directions" (at most). Activations are not known before the pass.
+            as they were, twice), "directions" (at most) and, where the rows have parts, "bodies" (with each part's
+            sums). Activations are not known before the pass.
         snapshot_on_host: Whether the snapshot is kept in the host's memory.
         forwards: Work by part, in forwards of one row: "pass" (a backward counts as two), and at most: "search",
             "head" and "evaluation".
@@ -162,6 +163,7 @@ def make_plan(
     layers: Sequence[Layer | Prompt],
     head: nn.Module | None,
     rows: dict[str, int],
+    parts: int = 1,
 ) -> Plan:
     """A run in numbers, from what it would be made of. Nothing is allocated, and the model is not called.
 
@@ -171,6 +173,7 @@ def make_plan(
         layers: What moves, beside the parameters that `sgd` and `sign` move as they are.
         head: The fresh head's last layer, where it is fitted.
         rows: By role, "gradient", "search", "guard" and "evaluation".
+        parts: Into how many parts the rows are dealt, each with a body of its own.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fitted = set(head.parameters()) if head is not None else set()
@@ -190,6 +193,9 @@ def make_plan(
         "directions": _directions_size(layers, directions, rank)
         + FP32 * ("sign" in plain) * _count(trainable.values()),
     }
+    if parts > 1:
+        kept = sum(layer.shape[0] * layer.shape[1] for layer in layers if _in_place(layer))
+        memory["bodies"] = parts * (memory["statistics"] + FP32 * kept + memory["snapshot"] // 2)
     return Plan(
         method=method,
         directions=tuple(directions),
@@ -206,7 +212,9 @@ def make_plan(
         frozen=_count(p for p in model.parameters() if not p.requires_grad),
         memory=memory,
         snapshot_on_host=memory["snapshot"] // 2 > LARGE,
-        forwards=_forwards(config, rows, points=_points(config, layers, directions), fits_head=head is not None),
+        forwards=_forwards(
+            config, rows, points=_points(config, layers, directions), fits_head=head is not None, parts=parts
+        ),
     )
 
 
@@ -219,6 +227,11 @@ def _parameters(layer: Layer | Prompt) -> list[Tensor]:
     if layer.parameter is not None:
         return [layer.parameter()]
     return [parameter for parameter in layer.module.parameters() if parameter.requires_grad]
+
+
+def _in_place(layer: Layer | Prompt) -> bool:
+    """Whether the layer's gradient is its parameter's."""
+    return isinstance(layer, Layer) and layer.parameter is not None
 
 
 def _groups(layers: Sequence[Layer | Prompt], directions: Sequence[str]) -> list[Group]:
@@ -274,7 +287,9 @@ def _points(config: OneStepConfig, layers: Sequence[Layer | Prompt], directions:
     return len(directions) * EVALUATIONS + max(0, len(parts) - 1) * PART_EVALUATIONS
 
 
-def _forwards(config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool) -> dict[str, int]:
+def _forwards(
+    config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool, parts: int
+) -> dict[str, int]:
     held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // int(config.slices)
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
     # One look whether all losses are finite; before each step; at each point; and after the head was fitted again.
@@ -285,6 +300,8 @@ def _forwards(config: OneStepConfig, rows: dict[str, int], *, points: int, fits_
     return {
         "pass": (PASS_FORWARDS + recomputed) * rows["gradient"] * walks,
         "search": looks * held,
-        "head": (rows["gradient"] + held) * (1 + walks) * int(fits_head),
+        # Between walks also at the bodies of the parts.
+        "head": ((rows["gradient"] + held) * (1 + walks) + rows["gradient"] * (walks - 1) * int(parts > 1))
+        * int(fits_head),
         "evaluation": (rows["evaluation"] or held) * stages,
     }

@@ -193,6 +193,7 @@ class OneStepTrainer(SavingTrainer):
             layers=self.layers(),
             head=fitted,
             rows={**self._row_counts(), "evaluation": sum(map(len, sets))},
+            parts=self.parts,
         )
 
     # The run, from the moments that Trainer announces

@@ -294,3 +294,30 @@ def test_an_interruption_at_a_body_leaves_the_bits_of_the_model(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert_same_bits(trainer.model, before)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_plan_tells_what_the_bodies_hold(method: str, tmp_path: Path) -> None:
+    held: list[int] = []
+
+    def size(tensors: Any) -> int:
+        return sum(tensor.nbytes for tensor in tensors if tensor.dim())  # numbers aside
+
+    def after_pass(step: int) -> None:
+        if step == 0:
+            bodies = trainer.one_step.bodies
+            held.append(sum(size(sums.values()) for sums in (*bodies._closed, bodies._total)))
+
+    def after_step(step: int) -> None:
+        if step == 0:
+            held.append(size(state["bodies"] for state in trainer.one_step.state.values()))
+
+    options = {**WHOLE} if method == "lora" else {"direction": "kfac", "method": "full", "guard": False}
+    trainer = trainer_for(
+        tmp_path, ROWS, search_dataset=toy_rows(60, seed=3), max_steps=2,
+        callbacks=[Watch(after_pass, after_step)], **options,
+    )  # fmt: skip
+    told = trainer.plan().memory["bodies"]
+    trainer.train()
+    assert sum(held) <= told <= 1.02 * sum(held)
+    assert "bodies" not in trainer_for(tmp_path / "one", ROWS, **options).plan().memory
