@@ -84,7 +84,7 @@ class HeadTrainer(SharingTrainer):
             raise ValueError(not_finite(float("nan"), named))
         held = None
         if self.held_out is not None:
-            held_features = head.features(self.bare_model, layer, self.held_out.batches).gathered()
+            held_features = self.held_out.features(self.bare_model, layer).gathered()
             held = held_features.x, held_features.labels
         folds = self._folds_of(found, numbers) if self.another_pass() else None
         found = found.gathered()
@@ -95,6 +95,8 @@ class HeadTrainer(SharingTrainer):
         if install:
             head.install(layer, fitted)
             processes.broadcast(layer.parameters())
+        if self.held_out is not None:
+            self.held_out.settle(self.bare_model, layer)
         if folds is not None and self._folds is not None:
             self._fold_heads = out_of_fold.fit(found, folds, int(self._folds.max()) + 1, fitted, self.task)
 

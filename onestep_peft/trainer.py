@@ -341,6 +341,8 @@ class OneStepTrainer(SavingTrainer):
         own = positions[processes.rank() :: processes.number()]
         held = list(batches)
         held_out = HeldOut(held, own + [[]] * (len(held) - len(own)), len(self.held_rows), self.task)
+        if self.fits_head() and self.adapted.head is not None:  # the same forward gives what the head is fitted to
+            held_out.features(self.bare_model, head.active(self.bare_model, self.adapted.head))
         bad = (~torch.isfinite(held_out.losses(self.bare_model))).nonzero().flatten().tolist()
         if bad:
             content = by_content(listed(self.held_rows))
