@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,8 +125,12 @@ class Features:
         """Those of all processes; row numbers then say nothing."""
         return Features(*(processes.gathered(part) for part in (self.x, self.labels, self.rows)))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """Those of all batches."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("x", "labels", "rows")))
 
-@torch.no_grad()
+
 def features(model: nn.Module, layer: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Features:
     """The last layer's input for every row or labelled token, dropout off.
 
@@ -136,9 +140,16 @@ def features(model: nn.Module, layer: nn.Module, batches: Iterable[Mapping[str, 
     Raises:
         ValueError: The model's logits are not a selection of the layer's outputs.
     """
+    return Features.joined([found for _, _, found in outputs(model, layer, batches)])
+
+
+@torch.no_grad()
+def outputs(
+    model: nn.Module, layer: nn.Module, batches: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Tensor, Tensor, Features]]:
+    """Batch by batch the model's logits, the labels, and the features, whose rows are counted through all batches."""
     seen: list[tuple[Tensor, Tensor]] = []
     handle = layer.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
     was_training, rows = model.training, 0
     model.eval()
     try:
@@ -148,16 +159,20 @@ def features(model: nn.Module, layer: nn.Module, batches: Iterable[Mapping[str, 
             logits = logits_for(model, inputs)
             (x, output), *_ = seen
             seen.clear()
-            x, numbers = _items_of(x, output, logits).float(), torch.arange(len(labels), device=labels.device) + rows
+            yield logits, labels, _features_of(_items_of(x, output, logits).float(), labels, rows)
             rows += len(labels)
-            if x.dim() == 3:
-                known = labels.ne(UNLABELLED)
-                x, numbers, labels = x[known], numbers[:, None].expand_as(labels)[known], labels[known]
-            found.append((x, labels, numbers))
     finally:
         handle.remove()
         model.train(was_training)
-    return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _features_of(x: Tensor, labels: Tensor, first: int) -> Features:
+    """Those of a batch whose first row has this number; of tokens only the labelled ones."""
+    numbers = torch.arange(first, first + len(labels), device=labels.device)
+    if x.dim() == 2:
+        return Features(x, labels, numbers)
+    known = labels.ne(UNLABELLED)
+    return Features(x[known], labels[known], numbers[:, None].expand_as(labels)[known])
 
 
 def _items_of(x: Tensor, output: Tensor, logits: Tensor) -> Tensor:
@@ -166,7 +181,9 @@ def _items_of(x: Tensor, output: Tensor, logits: Tensor) -> Tensor:
         return x
     if output.dim() == logits.dim() == 3 and output.shape[2] == logits.shape[2]:  # virtual tokens before the row's
         return x[:, -logits.shape[1] :]
-    same = (output == logits[:, None, :]).all(-1) if output.dim() == 3 else None  # (rows, tokens)
+    same = None
+    if output.dim() == 3:  # NaN is found too: what is wrong with such a row is said where its loss is looked at
+        same = output.isclose(logits[:, None, :], rtol=0, atol=0, equal_nan=True).all(-1)  # (rows, tokens)
     if same is None or not bool(same.any(1).all()):
         raise ValueError(
             "The model's logits are not rows of its last layer's output, so the head cannot be fitted by itself. Pass "

@@ -86,7 +86,7 @@ class HeadTrainer(SharingTrainer):
             raise ValueError(not_finite(float("nan"), named))
         held = None
         if self.held_out is not None:
-            held_features = head.features(self.bare_model, layer, self.held_out.batches).gathered()
+            held_features = self.held_out.features(self.bare_model, layer).gathered()
             held = held_features.x, held_features.labels
         everyone = found.gathered()
         fitted = head.fit(
@@ -96,6 +96,8 @@ class HeadTrainer(SharingTrainer):
         if install:
             head.install(layer, fitted)
             processes.broadcast(layer.parameters())
+        if self.held_out is not None:
+            self.held_out.settle(self.bare_model, layer)
         if self.another_pass() and cast(OneStepConfig, self.args).head_folds > 1:
             apart = self.one_step.bodies.apart
             self._fold_heads = self._heads_at_bodies(numbers, fitted) if apart else self._heads(found, numbers, fitted)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 
+from onestep_peft import head
 from onestep_peft.config import OneStepConfig
+from onestep_peft.head import Features
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task, logits_for
 from onestep_peft.tasks.task import UNLABELLED
@@ -54,8 +56,33 @@ def carve(rows: Sequence[Mapping[str, Any]], fraction: float, maximum: int) -> t
     return kept, [i for i, key in enumerate(keys) if key in held]
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What is known of held-out rows while no parameter changes.
+
+    Args:
+        state: Of all parameters.
+        losses: `(rows,)`.
+        features: The inputs of the head's last layer, where they were asked for.
+        body: The state of all parameters but that layer's, where losses at another such layer follow from the features.
+    """
+
+    state: list[tuple[int, int]]
+    losses: Tensor
+    features: Features | None = None
+    body: list[tuple[int, int]] | None = None
+
+
+def _state(model: nn.Module, but: nn.Module | None = None) -> list[tuple[int, int]]:
+    """Where the parameters are and how often they were written, as autograd counts it; but for those of a module."""
+    left_out = set(but.parameters()) if but is not None else set()
+    return [(one.data_ptr(), one._version) for one in model.parameters() if one not in left_out]
+
+
 class HeldOut:
     """Held-out rows, collated once. Several processes share them out, and all of them know every row's loss.
+
+    As long as no parameter changes, losses and features that are known are not computed again.
 
     Args:
         batches: This process' batches on the model's device, `labels` among their fields.
@@ -71,6 +98,7 @@ class HeldOut:
         self.rows = rows
         self._positions = [torch.tensor(batch, dtype=torch.long) for batch in positions]
         self._task = task
+        self._known: _Known | None = None
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> Tensor:
@@ -79,17 +107,69 @@ class HeldOut:
         A row with several items counts by their number: its losses are summed and divided by the rows' mean number of
         items, so the mean over the rows is the mean over the items.
         """
-        was_training = model.training
+        known = self._known
+        if known is None or not processes.all_say(known.state == _state(model)):
+            known = _Known(_state(model), self._by_content(self._own_losses(model)))
+            self._known = known
+        return known.losses
+
+    @torch.no_grad()
+    def features(self, model: nn.Module, layer: nn.Linear) -> Features:
+        """The inputs of the head's last layer for this process' rows, at the model as it stands.
+
+        The same forward gives the losses, and the features are kept until `settle`.
+        """
+        known = self._known
+        if known is None or known.features is None or not processes.all_say(known.state == _state(model)):
+            self._known = known = self._looked_at(model, layer)
+        assert known.features is not None
+        return known.features
+
+    @torch.no_grad()
+    def settle(self, model: nn.Module, layer: nn.Linear) -> None:
+        """Takes the losses at the head's last layer as it is now from the features, and lets these go."""
+        known, self._known = self._known, None
+        if known is None or known.features is None:
+            return
+        if processes.all_say(known.body == _state(model, layer)):
+            losses = self._by_content(self._losses_from(known.features, layer))
+            self._known = _Known(_state(model), losses)
+
+    def _looked_at(self, model: nn.Module, layer: nn.Linear) -> _Known:
+        walked = [
+            (self._task.row_losses(logits, labels), found)
+            for logits, labels, found in head.outputs(model, layer, self.batches)
+        ]
+        own, found = torch.cat([losses for losses, _ in walked]), Features.joined([found for _, found in walked])
+        # Not so where a model changes the layer's outputs, or computes them in 16 bits.
+        follows = torch.allclose(self._losses_from(found, layer).to(own), own, rtol=1e-4, atol=1e-5)
+        return _Known(_state(model), self._by_content(own), found, _state(model, layer) if follows else None)
+
+    def _own_losses(self, model: nn.Module) -> Tensor:
+        """The losses of the batches' rows, one after the other, by a forward."""
+        was_training, losses = model.training, []
         model.eval()
-        device = next(model.parameters()).device
-        losses, items = torch.zeros(self.rows, device=device), torch.zeros(self.rows, device=device)
-        for positions, batch in zip(self._positions, self.batches, strict=True):
+        for batch in self.batches:
             inputs = dict(batch)
             labels = inputs.pop("labels")
-            there = positions.to(device)
-            losses[there] = self._task.row_losses(logits_for(model, inputs), labels)[: len(there)]
-            items[there] = self._task.row_items(labels)[: len(there)].float()
+            losses.append(self._task.row_losses(logits_for(model, inputs), labels))
         model.train(was_training)
+        return torch.cat(losses)
+
+    def _losses_from(self, found: Features, layer: nn.Linear) -> Tensor:
+        """The same, by the layer alone."""
+        losses = self._task.row_losses(layer(found.x.to(layer.weight.dtype)), found.labels)
+        return losses.new_zeros(sum(len(batch["labels"]) for batch in self.batches)).index_add(0, found.rows, losses)
+
+    def _by_content(self, own: Tensor) -> Tensor:
+        """All processes' losses in content order, each divided by the rows' mean number of items."""
+        losses, items = (torch.zeros(self.rows, device=own.device) for _ in range(2))
+        first = 0
+        for positions, batch in zip(self._positions, self.batches, strict=True):
+            there, labels = positions.to(own.device), batch["labels"]
+            losses[there] = own[first : first + len(there)].to(losses)
+            items[there] = self._task.row_items(labels)[: len(there)].float()
+            first += len(labels)
         processes.sum_over([losses, items])
         return (losses / items.mean()).cpu()
 

@@ -354,6 +354,8 @@ class OneStepTrainer(SavingTrainer):
         own = positions[processes.rank() :: processes.number()]
         held = list(batches)
         held_out = HeldOut(held, own + [[]] * (len(held) - len(own)), len(self.held_rows), self.task)
+        if self.fits_head():  # the same forward gives what the head is fitted to
+            held_out.features(self.bare_model, self.head_layer())
         bad = (~torch.isfinite(held_out.losses(self.bare_model))).nonzero().flatten().tolist()
         if bad:
             content = by_content(listed(self.held_rows))

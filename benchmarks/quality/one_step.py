@@ -55,9 +55,9 @@ def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str
 def forwards(report: Any) -> int:
     """Forwards of single rows that the run took; a row of the pass counts three, a head's row one."""
     rows, held = report.rows["gradient"], max(report.rows["search"], report.rows["guard"])
-    total = rows + 2 * held  # the first head, and the check of the held-out rows
+    total = rows + held  # the first head; its losses need no forward
     for step in report.steps:
         searches = [*step["candidates"], *step.get("parts", ())]
-        total += 3 * rows + held * sum(len(search["points"]) for search in searches)
-        total += rows + 2 * held if step["accepted"] else 0  # the head once more
+        total += 3 * rows + held * sum(len(search["points"]) - 1 for search in searches)  # zero is known
+        total += rows + held if step["accepted"] else 0  # the head once more
     return total

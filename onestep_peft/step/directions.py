@@ -44,19 +44,33 @@ class WhitenedGradient:
     white: Tensor
 
     @functools.cached_property
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U `(d_out, k)`, σ `(k,)`, falling, and Vᵀ `(k, d_in)`."""
-        return _leading_svd(self.white)
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Singular vectors of the shorter side, `(min(d_out, d_in), k)`, and σ `(k,)`, falling."""
+        return _leading_spectrum(self._wide)
+
+    @property
+    def _wide(self) -> Tensor:
+        """The matrix, or its transpose, with the shorter side first."""
+        return self.white if self.white.shape[0] <= self.white.shape[1] else self.white.T
+
+    def svd(self, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """U `(d_out, k)`, σ `(k,)`, falling, and Vᵀ `(k, d_in)`, of the first `rank` singular pairs.
+
+        The longer side's vectors follow from the shorter side's: ΣVᵀ = UᵀM is exact however small σ is.
+        """
+        vectors, sigma = (part[..., :rank] for part in self._spectrum)
+        others = (vectors.T @ self._wide) / sigma[:, None]  # (k, longer side)
+        return (vectors, sigma, others) if self._wide is self.white else (others.T, sigma, vectors.T)
 
     @property
     def sigma(self) -> Tensor:
-        return self.svd[1]
+        return self._spectrum[1]
 
     def back(self, sigma: Tensor, rank: int | None) -> LowRank:
         """L_S⁻ᵀ U diag(sigma) Vᵀ L_A⁻¹, cut to the first `rank` singular pairs, in fp32."""
-        u, _, vt = self.svd
-        left = _solve_transposed(self.output_root, u[:, :rank] * sigma[:rank])
-        right = _solve_transposed(self.input_root, vt[:rank].T).T
+        u, _, vt = self.svd(rank)
+        left = _solve_transposed(self.output_root, u * sigma[:rank])
+        right = _solve_transposed(self.input_root, vt.T).T
         return LowRank(left.float(), right.float())
 
     def whole(self) -> Tensor:
@@ -87,17 +101,20 @@ def damped_root(covariance: Tensor, damping: float, size: int = 1) -> Tensor:
     Args:
         size: d, where only the trace is known.
     """
-    matrix = covariance.double()
+    matrix = covariance.to(torch.float64, copy=True)
     if matrix.dim() == 0:
         matrix = (matrix / size).expand(size)
     d = matrix.shape[0]
     if matrix.dim() == 1:
         return (matrix + damping * matrix.mean()).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     mean_eigenvalue = matrix.trace() / d
-    identity = torch.eye(d, dtype=matrix.dtype, device=matrix.device)
+    added = torch.zeros_like(mean_eigenvalue)
     for _ in range(6):
-        root, failed = torch.linalg.cholesky_ex(matrix + damping * mean_eigenvalue * identity)
-        if not failed:
+        # In place: another d x d matrix or two would take longer to fill than a third of the factorisation.
+        matrix.diagonal().add_(damping * mean_eigenvalue - added)
+        added = damping * mean_eigenvalue
+        root, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed and bool(mean_eigenvalue.isfinite()):
             return root
         damping = max(damping * 10, 1e-8)
     raise ValueError(
@@ -106,21 +123,15 @@ def damped_root(covariance: Tensor, damping: float, size: int = 1) -> Tensor:
     )
 
 
-def _leading_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U `(m, k)`, σ `(k,)`, Vᵀ `(k, n)` of a float64 matrix, cut at `RESOLUTION`.
+def _leading_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """U `(m, k)` and σ `(k,)` of a float64 matrix `(m, n)`, m ≤ n, cut at `RESOLUTION`.
 
-    Through the smaller Gram matrix, several times faster than an SVD of the matrix itself. ΣVᵀ = UᵀM is exact
-    however small σ is.
+    Through the Gram matrix of its rows, several times faster than an SVD of the matrix itself.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        v, sigma, ut = _leading_svd(matrix.T)
-        return ut.T, sigma, v.T
     eigenvalues, vectors = torch.linalg.eigh(matrix @ matrix.T)
     sigma = eigenvalues.flip(0).clamp_min(0).sqrt()
     keep = sigma > RESOLUTION * sigma[0]
-    u = vectors.flip(1)[:, keep]
-    sigma = sigma[keep]
-    return u, sigma, (u.T @ matrix) / sigma[:, None]
+    return vectors.flip(1)[:, keep], sigma[keep]
 
 
 def whiten(statistics: LayerStatistics, damping: float) -> WhitenedGradient:

@@ -47,6 +47,11 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def all_say(yes: bool) -> bool:
+    """Whether it is so in every process."""
+    return all(objects(yes))
+
+
 def gathered(rows: Tensor) -> Tensor:
     """The rows of all processes, `(rows, ...)`, in the order of their ranks; their numbers may differ."""
     if number() == 1:

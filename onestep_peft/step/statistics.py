@@ -19,7 +19,7 @@ NOISE_FLOOR = 1e-6
 # Below this share of the largest δ in its row, a token's δ is rounding noise.
 DEAD_SHARE = 1e-6
 # A covariance is symmetric: it is summed in columns of blocks of this size, from the diagonal down.
-TRIANGLE_BLOCK = 384
+TRIANGLE_BLOCK = 256
 
 
 class Statistics(Protocol):

@@ -160,15 +160,22 @@ def test_singular_pairs_match_torchs_svd(shape: tuple[int, int]) -> None:
     record = random_statistics(*shape, seed=7)
     white = whiten(record, DAMPING)
     _, _, dense = symmetric_whitening(record)
-    u, sigma, vt = white.svd
+    u, sigma, vt = white.svd()
+    assert torch.allclose(u * sigma @ vt, white.white, rtol=1e-9, atol=1e-12)
     assert torch.allclose(sigma, torch.linalg.svdvals(dense), rtol=1e-6)
     assert torch.allclose(u.T @ u, torch.eye(4, dtype=torch.float64), atol=1e-7)
     assert torch.allclose(vt @ vt.T, torch.eye(4, dtype=torch.float64), atol=1e-7)
+    for cut, whole in zip(white.svd(2), (u[:, :2], sigma[:2], vt[:2]), strict=True):
+        assert torch.allclose(cut, whole, rtol=1e-12, atol=1e-14)
 
 
 def test_damped_root_is_a_root_of_the_damped_covariance() -> None:
     covariance = random_statistics(3, 6, seed=8).input_covariance
+    kept = covariance.clone()
     root = damped_root(covariance, 0.3)
+    wide = kept.double()
+    assert torch.equal(damped_root(wide, 0.3), root)
+    assert torch.equal(covariance, kept) and torch.equal(wide, kept.double())
     assert root.dtype == torch.float64
     assert torch.allclose(root @ root.T, damped(covariance, 0.3), atol=1e-12)
 
