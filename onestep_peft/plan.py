@@ -292,8 +292,11 @@ def _forwards(
 ) -> dict[str, int]:
     held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // int(config.slices)
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
-    # One look whether all losses are finite; before each step; at each point; and after the head was fitted again.
-    looks = 1 + steps * (1 + points) + walks * int(fits_head)
+    # One look before the first step, at which the head is fitted too; at each point; and before the later steps, but
+    # that after a walk the head's fit has just looked, unless it is taken back or bodies have stood in.
+    looks = 1 + steps * points + steps - 1
+    if fits_head:
+        looks += walks + (walks - 1) * int(parts > 1)
     if config.stop_at is not None:
         looks += 1 + walks
     stages = 3 if fits_head else 2
@@ -301,7 +304,6 @@ def _forwards(
         "pass": (PASS_FORWARDS + recomputed) * rows["gradient"] * walks,
         "search": looks * held,
         # Between walks also at the bodies of the parts.
-        "head": ((rows["gradient"] + held) * (1 + walks) + rows["gradient"] * (walks - 1) * int(parts > 1))
-        * int(fits_head),
+        "head": rows["gradient"] * (1 + walks + (walks - 1) * int(parts > 1)) * int(fits_head),
         "evaluation": (rows["evaluation"] or held) * stages,
     }
