@@ -19,8 +19,8 @@ from onestep_peft.step.layers import Prompt
 from onestep_peft.tasks import logits_for
 
 name = "prompt_tuning"
-directions = ("sgd", "sign", "natural")
-auto = ("natural", "sgd", "sign")
+directions = ("sgd", "sign", "natural", "kfac", "kfac_muon", "kfac_schatten")
+auto = ("kfac", "natural")
 rank: int | None = None
 
 VIRTUAL_TOKENS = 20
