@@ -41,7 +41,9 @@ def prompt_adamw(setting: Setting, rate: float, epochs: int, fitted: bool = Fals
     model, config = setting.model(), prompt_tuning.default()
     config.task_type = "SEQ_CLS"
     torch.manual_seed(setting.seed)  # the prompt is drawn
-    return _adamw(setting, get_peft_model(model, config), rate, epochs, fitted)
+    peft = get_peft_model(model, config)
+    prompt_tuning.begin_like_a_row(peft, setting.tokenizer().cls_token_id)
+    return _adamw(setting, peft, rate, epochs, fitted)
 
 
 def _adamw(setting: Setting, peft: Any, rate: float, epochs: int, fitted: bool) -> dict[str, Any]:

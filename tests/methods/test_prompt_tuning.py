@@ -128,6 +128,15 @@ def test_without_a_configuration_twenty_tokens_come_from_the_vocabulary(tmp_path
     assert all(any(torch.equal(row, word) for word in words) for row in found)
 
 
+def test_a_drawn_prompt_begins_with_the_token_that_rows_begin_with(tmp_path: Path) -> None:
+    words, first = tiny_bert().get_input_embeddings().weight, word_tokenizer().cls_token_id
+    assert word_tokenizer()("w1")["input_ids"][0] == first
+    assert torch.equal(prompt_of(trainer_with(tmp_path / "drawn"))[0], words[first])
+    config = PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="RANDOM")
+    found = prompt_of(trainer_for(tmp_path / "random", ROWS, model=tiny_bert(), peft_config=config))
+    assert not any(torch.equal(found[0], word) for word in words)  # what was asked for by name stays as it is
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
