@@ -2,7 +2,8 @@
 
 Protocol: for a set, a number of rows and a seed, every arm has the same training rows, the same 300 search rows (the
 first of the validation split: they choose the step, and the rate of AdamW) and the same test rows (at most 1,000).
-MiniLM-L6, LoRA of rank 8 and alpha 16 on every linear layer of the encoder, rows cut at 128 tokens. Each arm runs in a
+MiniLM-L6, LoRA of rank 8 and alpha 16 on every linear layer of the encoder, or 20 virtual tokens from the vocabulary
+("prompt"), rows cut at 128 tokens. Each arm runs in a
 process of its own, one after the other; scoring is not timed. No setting of the step differs between sets.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers.utils import logging
 
 SMALL_SETS = ("trec6", "sst2", "banking77", "legal_unfair_tos", "medical_abstracts")
 LARGE_SETS = ("sst2", "ag_news")
+# A prompt moves little and is compared with AdamW on a prompt.
+PROMPT_SETS, PROMPT_EPOCHS = ("trec6", "sst2"), 10
 SMALL, LARGE = 500, 6000
 SEEDS = (0, 1, 2)
 RESULTS = Results("against_adamw")
@@ -51,19 +54,43 @@ def arms(setting: Setting) -> dict[str, Arm]:
         found[f"adamw, {number} epochs, fitted head"] = lambda s, n=number: with_best_rate(
             s, n, lambda rate: baselines.adamw(s, rate, n, fitted=True)
         )
+    if setting.name in PROMPT_SETS and setting.rows <= SMALL:
+        found |= prompt_arms()
     found["lora_ga, 1 step"] = lambda s: with_best_rate(s, None, lambda rate: baselines.loraga(s, rate, steps=1))
     found["lora_ga, 1 epoch"] = lambda s: with_best_rate(s, None, lambda rate: baselines.loraga(s, rate))
     return found
 
 
-def with_best_rate(setting: Setting, number: int | None, run: Callable[[float], dict[str, Any]]) -> dict[str, Any]:
+def prompt_arms() -> dict[str, Arm]:
+    """One step on a prompt, and AdamW on the same prompt; their names keep them apart from AdamW on a LoRA."""
+    found: dict[str, Arm] = {
+        "one step, prompt": lambda s: one_step.one_step(s, "prompt_tuning"),
+        "three steps, prompt": lambda s: one_step.one_step(s, "prompt_tuning", max_steps=3),
+    }
+    name = f"{summary.PROMPT_ADAMW}, {PROMPT_EPOCHS} epochs"
+    for rate in baselines.PROMPT_RATES:
+        found[f"{name}, rate {rate:g}"] = lambda s, r=rate: baselines.prompt_adamw(s, r, PROMPT_EPOCHS)
+    found[f"{name}, fitted head"] = lambda s: with_best_rate(
+        s, PROMPT_EPOCHS, lambda rate: baselines.prompt_adamw(s, rate, PROMPT_EPOCHS, fitted=True),
+        summary.PROMPT_ADAMW, baselines.PROMPT_RATES,
+    )  # fmt: skip
+    return found
+
+
+def with_best_rate(
+    setting: Setting,
+    number: int | None,
+    run: Callable[[float], dict[str, Any]],
+    arm: str = summary.LORA_ADAMW,
+    rates: Sequence[float] = baselines.RATES,
+) -> dict[str, Any]:
     """Runs at the rate that is best on the search rows, for so many epochs, or at all."""
     numbers = [number] if number is not None else epochs(setting.rows)
     runs = {
         rate: row["search"]
         for n in numbers
-        for rate in baselines.RATES
-        if (row := RESULTS.find(**setting.key, arm=f"adamw, {n} epochs, rate {rate:g}"))
+        for rate in rates
+        if (row := RESULTS.find(**setting.key, arm=f"{arm}, {n} epochs, rate {rate:g}"))
     }
     rate = max(runs, key=lambda one: (runs[one]["score"], -runs[one]["loss"]))
     return {"rate": rate, **run(rate)}
@@ -127,8 +154,9 @@ def main() -> None:
         wanted = (options.sets or [setting.name], options.rows or [setting.rows], options.seeds or [setting.seed])
         if setting.name in wanted[0] and setting.rows in wanted[1] and setting.seed in wanted[2]:
             run_missing(setting, tuple(options.arms or ("",)))
-    print(summary.table(RESULTS.rows()), summary.harm(RESULTS.rows()), sep="\n\n")
-    summary.draw(RESULTS.rows(), RESULTS.path.with_suffix(".png"))
+    rows = RESULTS.rows()
+    print(summary.table(rows), summary.prompt_table(rows), summary.harm(rows), sep="\n\n")
+    summary.draw(rows, RESULTS.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def _in_place(layer: Layer | Prompt) -> bool:
 def _groups(layers: Sequence[Layer | Prompt], directions: Sequence[str]) -> list[Group]:
     found: dict[tuple[str, tuple[int, int], tuple[str, ...]], list[int]] = {}
     for layer in layers:
-        known: Any = (NATURAL,) if isinstance(layer, Prompt) else DIRECTIONS
+        known: Any = (NATURAL, *DIRECTIONS) if isinstance(layer, Prompt) else DIRECTIONS
         key = (_kind(layer.name), layer.shape, tuple(name for name in directions if rule_of(name) in known))
         found.setdefault(key, []).append(_count(_parameters(layer)))
     return [Group(name, shape, len(sizes), sum(sizes), by) for (name, shape, by), sizes in found.items()]
@@ -267,12 +267,9 @@ def _directions_size(layers: Sequence[Layer | Prompt], directions: Sequence[str]
     total = 0
     for layer in layers:
         d_out, d_in = layer.shape
-        if isinstance(layer, Prompt):
-            total += FP32 * d_out * d_in * (NATURAL in directions)
-            continue
         for name in directions:
             rule, limits = rule_of(name), [limit for limit in (rank_of(name) or rank, layer.rank) if limit is not None]
-            if rule in WHOLE and not limits:
+            if rule == NATURAL or (rule in WHOLE and not limits):
                 total += FP32 * d_out * d_in
             elif rule in DIRECTIONS:
                 total += FP32 * (d_out + d_in) * min(d_out, d_in, *limits)

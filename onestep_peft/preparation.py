@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from onestep_peft import data, head, tasks
 from onestep_peft.bases import load_base, load_tokenizer, pinned
 from onestep_peft.lengths import positions_of
-from onestep_peft.methods import Method
+from onestep_peft.methods import Method, prompt_tuning
 from onestep_peft.rows import Sets, Tokeniser, as_rows, is_raw
 from onestep_peft.step.layers import Layer
 from onestep_peft.tasks import MULTI_LABEL_CLASSIFICATION, TEXT_CLASSIFICATION, Task, task_of
@@ -174,11 +174,14 @@ class Adapted:
     base_revision: str | None
 
 
-def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int | None) -> Adapted:
+def adapt(
+    model: nn.Module, method: Method, peft_config: Any, *, pad_token_id: int | None, first_token_id: int | None
+) -> Adapted:
     """Puts the adapter on a plain model, or takes a PeftModel as it is.
 
     Args:
         pad_token_id: What rows are padded with; decoders find a row's last token by it.
+        first_token_id: What rows begin with, whatever they say.
 
     Raises:
         ValueError: A task, a head or an adapter that one step does not know.
@@ -210,6 +213,7 @@ def adapt(model: nn.Module, method: Method, peft_config: Any, pad_token_id: int 
     if config is not None:
         config.revision = commit
     wrapped = method.wrap(base, config, fresh, commit, task.peft_task_type)
+    prompt_tuning.begin_like_a_row(wrapped, first_token_id)
     return Adapted(wrapped, method, task, fresh, last, commit)
 
 

@@ -125,7 +125,10 @@ class OneStepTrainer(SavingTrainer):
         self._method = method_for(config.method, peft_config, prepared.model)
         check_directions(self._method, [name for name in config.directions if name != AUTO])
         tokenizer = prepared.processing_class or getattr(data_collator, "tokenizer", None)
-        self._pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        self._token_ids = {
+            "pad_token_id": getattr(tokenizer, "pad_token_id", None),
+            "first_token_id": getattr(tokenizer, "cls_token_id", None),
+        }
         self.tokenise = prepared.tokenise
         self.task, self._template_config = prepared.task, config_of(cast(nn.Module, prepared.model))
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
@@ -160,7 +163,7 @@ class OneStepTrainer(SavingTrainer):
         self._progress = self._replace_progress_bar()
 
     def _adapt(self, model: nn.Module) -> nn.Module:
-        self.adapted = preparation.adapt(model, self._method, self._peft_config, self._pad_token_id)
+        self.adapted = preparation.adapt(model, self._method, self._peft_config, **self._token_ids)
         self.task = self.adapted.task
         return self.adapted.model
 

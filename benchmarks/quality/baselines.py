@@ -1,4 +1,4 @@
-"""What people would use instead: AdamW in Trainer on a LoRA of rank 8, from a random and from the fitted head."""
+"""What people would use instead: AdamW in Trainer on a LoRA of rank 8 or a prompt, from a random or the fitted head."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from peft.tuners.lora import preprocess_loraga
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from onestep_peft import head
+from onestep_peft.methods import prompt_tuning
 
 from .settings import MAX_LENGTH, Setting
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+# A prompt's entries move alone, without a second factor that grows with them, and take larger rates.
+PROMPT_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 RANK = 8
 # Every linear layer of the encoder; PEFT adds the head to what is trained.
 TARGETS = r".*encoder.*\.(query|key|value|dense)"
@@ -30,8 +33,21 @@ def adamw(setting: Setting, rate: float, epochs: int, fitted: bool = False) -> d
     Args:
         fitted: Whether to begin from the head that one step begins from.
     """
-    model, tokenizer = setting.model(), setting.tokenizer()
-    peft = get_peft_model(model, _lora())
+    return _adamw(setting, get_peft_model(setting.model(), _lora()), rate, epochs, fitted)
+
+
+def prompt_adamw(setting: Setting, rate: float, epochs: int, fitted: bool = False) -> dict[str, Any]:
+    """A prompt and the head in the same way; the prompt is the one that one step begins from."""
+    model, config = setting.model(), prompt_tuning.default()
+    config.task_type = "SEQ_CLS"
+    torch.manual_seed(setting.seed)  # the prompt is drawn
+    peft = get_peft_model(model, config)
+    prompt_tuning.begin_like_a_row(peft, setting.tokenizer().cls_token_id)
+    return _adamw(setting, peft, rate, epochs, fitted)
+
+
+def _adamw(setting: Setting, peft: Any, rate: float, epochs: int, fitted: bool) -> dict[str, Any]:
+    tokenizer = setting.tokenizer()
     seconds: dict[str, float] = {}
     if fitted:
         began = time.perf_counter()

@@ -12,22 +12,26 @@ import matplotlib
 from matplotlib import pyplot
 from scipy.stats import binomtest
 
-from .baselines import RATES
+from .baselines import PROMPT_RATES, RATES
 from .settings import unpacked
 
 Row = dict[str, Any]
+# How the names of AdamW's runs begin.
+LORA_ADAMW, PROMPT_ADAMW = "adamw", "prompt adamw"
 OURS = ("one step, lora", "one step, full", "three steps, lora", "three steps, full")
 OTHERS = ("lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit")
-ADAMW = "AdamW, tuned"
-RATES_TIMES_EPOCHS = 2 * len(RATES)
+OUR_PROMPTS = ("one step, prompt", "three steps, prompt")
+ADAMW, ADAMW_ON_A_PROMPT = "AdamW, tuned", "AdamW on a prompt, tuned"
+# So many runs from a random head: two numbers of epochs for a LoRA, one for a prompt.
+RUNS = {LORA_ADAMW: 2 * len(RATES), PROMPT_ADAMW: len(PROMPT_RATES)}
 # Gaps within so many standard errors of the test scores say nothing.
 ERRORS = 2
 
 
-def best_adamw(rows: Iterable[Row]) -> Row | None:
+def best_adamw(rows: Iterable[Row], arm: str = LORA_ADAMW) -> Row | None:
     """AdamW's run that is best on the search rows, whatever its epochs, rate and head; None before all rates ran."""
-    runs = [row for row in rows if row["arm"].startswith("adamw")]
-    if sum("rate" in row["arm"] for row in runs) < RATES_TIMES_EPOCHS:
+    runs = [row for row in rows if row["arm"].startswith(arm)]
+    if sum("rate" in row["arm"] for row in runs) < RUNS[arm]:
         return None
     return max(runs, key=lambda row: (row["search"]["score"], -row["search"]["loss"]), default=None)
 
@@ -38,22 +42,30 @@ class Comparison:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.arms = {row["arm"]: row for row in rows}
         self.best = best_adamw(rows)
-        self.head = next((row["head"] for row in rows if "head" in row), None)
+        self._best = {ADAMW: self.best, ADAMW_ON_A_PROMPT: best_adamw(rows, PROMPT_ADAMW)}
+        # A prompt's head answers behind a prompt that has not moved, and is no start for what has none.
+        self.head = next((row["head"] for row in rows if "head" in row and row["arm"] not in OUR_PROMPTS), None)
+        self.prompt_head = next((row["head"] for row in rows if row["arm"] in OUR_PROMPTS), None)
 
     @property
     def tells(self) -> bool:
         """Whether AdamW is above the head by more than two standard errors, so that there is a gap to recover."""
         if self.best is None or self.head is None:
             return False
-        ours, theirs = unpacked(self.head["right"]), unpacked(self.best["test"]["right"])
-        differences = [b - a for a, b in zip(ours, theirs, strict=True)]
-        error = statistics.pstdev(differences) / math.sqrt(len(differences))
-        return statistics.mean(differences) > ERRORS * error
+        gain, error = difference(self.best["test"], self.head)
+        return gain > ERRORS * error
 
     def test(self, arm: str) -> dict[str, Any] | None:
         """An arm's scores on the test rows, if it ran."""
-        row = self.best if arm == ADAMW else self.arms.get(arm)
+        row = self._best[arm] if arm in self._best else self.arms.get(arm)
         return row["test"] if row else None
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """By how much more of the test rows the first is right, and the standard error of that, rows paired."""
+    pairs = zip(unpacked(one["right"]), unpacked(other["right"]), strict=True)
+    each = [a - b for a, b in pairs]
+    return statistics.mean(each), statistics.pstdev(each) / math.sqrt(len(each))
 
 
 def comparisons(rows: Sequence[Row]) -> dict[tuple[str, int], list[Comparison]]:
@@ -120,6 +132,29 @@ def table(rows: Sequence[Row]) -> str:
             if gap := pooled_gap(arm, each):
                 lines.append(f"| all, {number} | {arm} | | | | **{gap[0]:.2f}** ({gap[1]}) |")
     return "\n".join(lines)
+
+
+def prompt_table(rows: Sequence[Row]) -> str:
+    """The same for prompts, with what each is above AdamW on the same prompt."""
+    lines = ["| set, rows | arm | seeds | score | log-loss | above AdamW |", "|---|---|---|---|---|---|"]
+    for (name, number), seeds in comparisons(rows).items():
+        heads = [one.prompt_head for one in seeds if one.prompt_head]
+        if heads:
+            lines.append(_line(f"{name}, {number}", "head behind the first prompt", heads))
+        for arm in (ADAMW_ON_A_PROMPT, *OUR_PROMPTS):
+            pairs = [(test, one.test(ADAMW_ON_A_PROMPT)) for one in seeds if (test := one.test(arm)) is not None]
+            above = [difference(test, best) for test, best in pairs if best is not None and test is not best]
+            if pairs:
+                lines.append(_line(f"{name}, {number}", arm, [test for test, _ in pairs], _pooled(above)))
+    return "\n".join(lines)
+
+
+def _pooled(differences: Sequence[tuple[float, float]]) -> str:
+    """The mean of some differences, each with its standard error, and the standard error of the mean."""
+    if not differences:
+        return ""
+    error = math.sqrt(sum(error**2 for _, error in differences)) / len(differences)
+    return f"{statistics.mean(gain for gain, _ in differences):+.3f} ± {error:.3f}"
 
 
 def _line(where: str, arm: str, tests: Sequence[dict[str, Any]], gap: str = "") -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, PromptTuningInit, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,8 +19,8 @@ from onestep_peft.step.layers import Prompt
 from onestep_peft.tasks import logits_for
 
 name = "prompt_tuning"
-directions = ("sgd", "sign", "natural")
-auto = ("natural", "sgd", "sign")
+directions = ("sgd", "sign", "natural", "kfac", "kfac_muon", "kfac_schatten")
+auto = ("kfac", "natural")
 rank: int | None = None
 
 VIRTUAL_TOKENS = 20
@@ -79,6 +79,23 @@ def wrap(
         raise
     settle(cast(PeftModel, wrapped))
     return cast(PeftModel, wrapped)
+
+
+@torch.no_grad()
+def begin_like_a_row(model: nn.Module, first_token: int | None) -> None:
+    """Makes the first virtual token, of those that were drawn, the one that rows begin with; else does nothing.
+
+    What many classifiers read is the output at the first place. There stands a virtual token now, and [CLS] behind
+    the prompt: of a word drawn at random that output says little.
+
+    Args:
+        first_token: Its number in the vocabulary; None where rows begin with a word of theirs.
+    """
+    config = model.peft_config[str(model.active_adapter)] if isinstance(model, PeftModel) else None
+    drawn = isinstance(config, PromptTuningConfig) and config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB
+    if drawn and first_token is not None:
+        wrapped = cast(Any, model)
+        layers(wrapped)[0].parameter()[0] = wrapped.get_base_model().get_input_embeddings().weight[first_token]
 
 
 def _unwrap(model: PreTrainedModel, trainable: Sequence[nn.Parameter]) -> None:

@@ -181,12 +181,8 @@ def build_candidates(
         record = evidence.statistics[layer.name]
         if record.is_noise():
             continue
-        if isinstance(layer, Layer) and isinstance(record, LayerStatistics):
-            for name, direction in _layer_directions(layer, record, directions, damping, rank):
-                rays[name][layer.part].append(_layer_ray(layer, direction, evidence.before))
-        elif isinstance(layer, Prompt) and isinstance(record, RowGradients) and NATURAL in rays:
-            parameter = layer.parameter()
-            rays[NATURAL]["weights"].append(_ray(parameter, evidence.before, record.natural(damping)))
+        for name, direction in _layer_directions(layer, record, directions, damping, rank):
+            rays[name][layer.part].append(_layer_ray(layer, direction, evidence.before))
     for name in directions:
         rule = PARAMETER_DIRECTIONS.get(name)
         if rule is not None:
@@ -195,8 +191,11 @@ def build_candidates(
 
 
 def _layer_directions(
-    layer: Layer, record: LayerStatistics, names: Sequence[str], damping: float, rank: int | None
+    layer: Layer | Prompt, record: Statistics, names: Sequence[str], damping: float, rank: int | None
 ) -> Iterator[tuple[str, LowRank | Tensor]]:
+    if isinstance(record, RowGradients) and NATURAL in names:
+        yield NATURAL, record.natural(damping)
+    assert isinstance(record, LayerStatistics | RowGradients)
     rules = {name: rule_of(name) for name in names if rule_of(name) in DIRECTIONS}
     white = whiten(record, damping) if not WHITENED.isdisjoint(rules.values()) else None
     plain = as_it_is(record) if not WHITENED.issuperset(rules.values()) else None
@@ -211,7 +210,9 @@ def _smaller(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
 
 
-def _layer_ray(layer: Layer, direction: LowRank | Tensor, before: Snapshot) -> Ray:
+def _layer_ray(layer: Layer | Prompt, direction: LowRank | Tensor, before: Snapshot) -> Ray:
+    if isinstance(layer, Prompt):
+        return _ray(layer.parameter(), before, direction)
     if layer.parameter is None:
         assert isinstance(direction, LowRank)  # a layer that takes products has a rank
         return ProductRay(layer, direction)
@@ -219,5 +220,5 @@ def _layer_ray(layer: Layer, direction: LowRank | Tensor, before: Snapshot) -> R
     return ParameterRay(parameter, before.of(parameter), direction, layer.as_matrix)
 
 
-def _ray(parameter: Tensor, before: Snapshot, direction: Tensor) -> ParameterRay:
+def _ray(parameter: Tensor, before: Snapshot, direction: Tensor | LowRank) -> ParameterRay:
     return ParameterRay(parameter, before.of(parameter), direction, lambda tensor: tensor)

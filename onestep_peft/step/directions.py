@@ -9,12 +9,28 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from onestep_peft.step.layers import LowRank
-from onestep_peft.step.statistics import LayerStatistics
+
+
+class Moments(Protocol):
+    """What a pass knows of a matrix: its mean gradient `(m, n)`, and how the gradients of the rows vary on both sides.
+
+    A layer's are those of δ and x, whose products its gradients are. Any multiple of them does: damping is relative.
+    """
+
+    gradient: Tensor
+
+    @property
+    def output_grad_covariance(self) -> Tensor: ...
+
+    @property
+    def input_covariance(self) -> Tensor: ...
+
 
 # Below this share of the largest singular value a singular pair is too close to fp32's rounding in the gradient: a
 # polar factor would lift it to the rank of a signal, and it would differ from one batch size to the next.
@@ -134,8 +150,8 @@ def _leading_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(1)[:, keep], sigma[keep]
 
 
-def whiten(statistics: LayerStatistics, damping: float) -> WhitenedGradient:
-    """Whitens a layer's gradient, each covariance damped by `damping` times its mean eigenvalue."""
+def whiten(statistics: Moments, damping: float) -> WhitenedGradient:
+    """Whitens a gradient, each covariance damped by `damping` times its mean eigenvalue."""
     d_out, d_in = statistics.gradient.shape
     output_root = damped_root(statistics.output_grad_covariance, damping, d_out)
     input_root = damped_root(statistics.input_covariance, damping, d_in)
@@ -143,8 +159,8 @@ def whiten(statistics: LayerStatistics, damping: float) -> WhitenedGradient:
     return WhitenedGradient(output_root, input_root, _solve(input_root, half.T).T)
 
 
-def as_it_is(statistics: LayerStatistics) -> WhitenedGradient:
-    """A layer's gradient in its own coordinates, for rules that need no covariances."""
+def as_it_is(statistics: Moments) -> WhitenedGradient:
+    """A gradient in its own coordinates, for rules that need no covariances."""
     return WhitenedGradient(None, None, statistics.gradient.double())
 
 
@@ -208,7 +224,7 @@ def _unit_rms(direction: LowRank) -> LowRank:
     return direction.scaled(math.sqrt(entries) / direction.norm())
 
 
-#: Rules for layers, by name.
+#: Rules for matrices (layers, and prompts), by name.
 DIRECTIONS: dict[str, Callable[[WhitenedGradient, int | None], LowRank | Tensor]] = {
     "kfac": kfac,
     "kfac_muon": kfac_muon,

@@ -115,9 +115,13 @@ class Prompt:
         module: The module that takes `inputs_embeds`, the virtual tokens first.
         shape: `(n, d)`.
         parameter: Returns the parameter, `(n, d)`.
+        rank: The largest rank of an update that can be written: any.
+        part: With what it shares a step size.
     """
 
     name: str
     module: nn.Module
     shape: tuple[int, int]
     parameter: Callable[[], Tensor]
+    rank: int | None = None
+    part: Part = "weights"

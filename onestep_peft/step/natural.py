@@ -1,4 +1,4 @@
-"""The exact natural gradient of a prompt: all of its parameters in one Fisher matrix, no factors."""
+"""Gradients of a prompt, row by row: its Fisher matrix as it is, or as the product of two small ones."""
 
 from __future__ import annotations
 
@@ -88,6 +88,30 @@ class RowGradients:
         """Whether the mean is so far below the rows' gradients that only rounding is left in it."""
         total = self._gram.trace() if self._gram is not None else self._rows.square().sum()
         return not bool(self.gradient.norm() > NOISE_FLOOR * (total / max(self._items, 1.0)).sqrt())
+
+    @property
+    def output_grad_covariance(self) -> Tensor:
+        """How the rows' gradients vary along the virtual tokens: (1/N) Σ g_i g_iᵀ, `(n, n)`."""
+        return self._along("ntd,nsd->ts", "tdsd->ts") / self._items
+
+    @property
+    def input_covariance(self) -> Tensor:
+        """How they vary along the width: Σ g_iᵀ g_i, `(d, d)`, divided by its trace.
+
+        The product of the two, for the Fisher matrix, has the same trace. Fewer rows than it has columns leave that
+        matrix unknown in most directions; these two they do tell. Source: Gupta, Koren & Singer, "Shampoo:
+        Preconditioned Stochastic Tensor Optimization", ICML 2018.
+        """
+        total = self._along("ntd,nte->de", "tdte->de")
+        return total / total.trace()
+
+    def _along(self, of_rows: str, of_gram: str) -> Tensor:
+        """Sums products of the rows' entries, in either form in which they are kept."""
+        if self._gram is not None:
+            sides = self._tokens, self._width
+            return torch.einsum(of_gram, self._gram.view(*sides, *sides))
+        rows = self._rows.view(-1, self._tokens, self._width)
+        return torch.einsum(of_rows, rows, rows)
 
     def natural(self, damping: float) -> Tensor:
         """(F + μI)⁻¹ g, `(n, d)`, with F = (1/N) Σ g_i g_iᵀ over the rows and μ = `damping` · (F's mean eigenvalue).

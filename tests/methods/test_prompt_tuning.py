@@ -67,6 +67,18 @@ def test_the_natural_gradient_is_the_dense_one_of_all_rows(tokens: int, batch: i
     assert relative_difference(prompt_of(trainer).double() - start.double(), expected) < 1e-4
 
 
+def test_kfac_is_the_natural_gradient_with_two_factors_for_the_fisher_matrix(tmp_path: Path) -> None:
+    trainer = trainer_with(tmp_path, direction="kfac", step_size=0.3, guard=False, fit_head=False, damping=DAMPING)
+    start = prompt_of(trainer)
+    trainer.train()
+    rows = row_gradients(start).view(len(ROWS), *start.shape)
+    along_tokens, along_width = torch.einsum("rid,rjd->ij", rows, rows), torch.einsum("rnd,rne->de", rows, rows)
+    factors = along_tokens / len(rows), along_width / along_width.trace()
+    damped = [one + DAMPING * one.trace() / len(one) * torch.eye(len(one)) for one in factors]
+    expected = -0.3 * torch.linalg.solve(torch.kron(*damped), rows.mean(0).flatten()).view_as(start)
+    assert relative_difference(prompt_of(trainer).double() - start.double(), expected) < 1e-4
+
+
 def test_the_plain_step_is_the_gradient_at_the_prompt(tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, direction="sgd", step_size=0.3, per_device_train_batch_size=7)
     start = prompt_of(trainer)
@@ -116,6 +128,15 @@ def test_without_a_configuration_twenty_tokens_come_from_the_vocabulary(tmp_path
     assert all(any(torch.equal(row, word) for word in words) for row in found)
 
 
+def test_a_drawn_prompt_begins_with_the_token_that_rows_begin_with(tmp_path: Path) -> None:
+    words, first = tiny_bert().get_input_embeddings().weight, word_tokenizer().cls_token_id
+    assert word_tokenizer()("w1")["input_ids"][0] == first
+    assert torch.equal(prompt_of(trainer_with(tmp_path / "drawn"))[0], words[first])
+    config = PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="RANDOM")
+    found = prompt_of(trainer_for(tmp_path / "random", ROWS, model=tiny_bert(), peft_config=config))
+    assert not any(torch.equal(found[0], word) for word in words)  # what was asked for by name stays as it is
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -132,9 +153,9 @@ def test_a_prompt_that_cannot_work_is_refused(config: PromptTuningConfig, messag
         trainer_for(tmp_path, toy_rows(60, 1), peft_config=config)
 
 
-def test_a_direction_for_layers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'kfac'. does not go with the method prompt_tuning.*natural"):
-        trainer_for(tmp_path, toy_rows(60, 1), method="prompt_tuning", direction="kfac")
+def test_a_direction_for_layers_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'lora_one'. does not go with the method prompt_tuning.*natural"):
+        trainer_for(tmp_path, toy_rows(60, 1), method="prompt_tuning", direction="lora_one")
 
 
 def test_a_refused_model_is_left_as_it_came(tmp_path: Path) -> None:

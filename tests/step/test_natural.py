@@ -1,4 +1,4 @@
-"""The natural gradient of a prompt, against the dense inverse of its Fisher matrix in float64."""
+"""Directions of a prompt, against dense inverses of its Fisher matrix and of its Kronecker factors in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from onestep_peft.step.directions import kfac, whiten
 from onestep_peft.step.natural import RowGradients
 
 SHAPE = (2, 5)  # ten parameters
@@ -43,6 +44,24 @@ def test_it_matches_the_dense_solve(sizes: list[int]) -> None:
     record.finish(sum(sizes) + 2.0)  # items need not be rows
     expected = dense(delta, sum(sizes) + 2.0)
     assert float((record.natural(DAMPING).double() - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [[6], [4, 4, 4, 4, 4], [9, 2, 29]])
+def test_kfac_matches_the_dense_solve_with_factors_written_out(sizes: list[int]) -> None:
+    delta, items = draws(sum(sizes)), sum(sizes) + 2.0
+    record = filled(delta, sizes)
+    record.finish(items)
+    rows = delta[:, : SHAPE[0]].double()
+    along_tokens = torch.stack([row @ row.T for row in rows]).sum(0) / items
+    along_width = torch.stack([row.T @ row for row in rows]).sum(0)
+    along_width /= along_width.trace()
+    # Their product and the Fisher matrix have one trace.
+    assert float(along_tokens.trace()) == pytest.approx(float(rows.square().sum()) / items)
+    damped = [one + DAMPING * one.trace() / len(one) * torch.eye(len(one)) for one in (along_tokens, along_width)]
+    system = torch.kron(*damped)
+    expected = torch.linalg.solve(system, rows.sum(0).flatten() / items).view(SHAPE)
+    found = torch.as_tensor(kfac(whiten(record, DAMPING), None))
+    assert float((found.double() - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_the_gradient_is_the_mean_over_the_items() -> None:
