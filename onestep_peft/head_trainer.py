@@ -176,6 +176,8 @@ class HeadTrainer(SharingTrainer):
 
     def refit_fold_heads(self) -> None:
         """Fits the heads of the folds, where there are any, to the features as they are; the head stays."""
+        if self.held_out is not None and self.fits_head():
+            self.held_out.settle(self.bare_model, self.head_layer())
         if self.fits_head() and cast(OneStepConfig, self.args).head_folds > 1:
             self.fit_head(install=False)
 
@@ -183,8 +185,12 @@ class HeadTrainer(SharingTrainer):
         """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""
         layer = self.head_layer()
         before = Snapshot(layer.parameters())
-        self.fit_head()
-        loss = float(self.held_out_losses().mean())
+        try:
+            self.fit_head()
+            loss = float(self.held_out_losses().mean())
+        except BaseException:  # out of memory, say, and Trainer goes on with smaller batches
+            before.restore()
+            raise
         outcome.head_refitted = loss < outcome.loss_after
         if outcome.head_refitted:
             outcome.loss_after = loss

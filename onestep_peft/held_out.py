@@ -82,7 +82,8 @@ def _state(model: nn.Module, but: nn.Module | None = None) -> list[tuple[int, in
 class HeldOut:
     """Held-out rows, collated once. Several processes share them out, and all of them know every row's loss.
 
-    As long as no parameter changes, losses and features that are known are not computed again.
+    As long as no parameter changes, losses and features that are known are not computed again. What is written through
+    `.data` does not show.
 
     Args:
         batches: This process' batches on the model's device, `labels` among their fields.
@@ -137,12 +138,14 @@ class HeldOut:
 
     def _looked_at(self, model: nn.Module, layer: nn.Linear) -> _Known:
         walked = [
-            (self._task.row_losses(logits, labels), found)
+            (self._task.row_losses(logits, labels), found, logits.dtype)
             for logits, labels, found in head.outputs(model, layer, self.batches)
         ]
-        own, found = torch.cat([losses for losses, _ in walked]), Features.joined([found for _, found in walked])
+        own, found = torch.cat([losses for losses, *_ in walked]), Features.joined([found for _, found, _ in walked])
         # Not so where a model changes the layer's outputs, or computes them in 16 bits.
-        follows = torch.allclose(self._losses_from(found, layer).to(own), own, rtol=1e-4, atol=1e-5)
+        follows = all(dtype == layer.weight.dtype for *_, dtype in walked) and torch.allclose(
+            self._losses_from(found, layer).to(own), own, rtol=1e-4, atol=1e-5
+        )
         return _Known(_state(model), self._by_content(own), found, _state(model, layer) if follows else None)
 
     def _own_losses(self, model: nn.Module) -> Tensor:

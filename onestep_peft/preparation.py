@@ -22,6 +22,9 @@ from onestep_peft.step.layers import Layer
 from onestep_peft.tasks import MULTI_LABEL_CLASSIFICATION, TEXT_CLASSIFICATION, Task, task_of
 from onestep_peft.wrapping import base_of
 
+# So many rows tell what all rows begin with.
+LOOKED_AT = 8
+
 
 def class_names(sets: Sets, column: str) -> list[str]:
     """Names of the classes for a model that is still to be loaded, from the training rows."""
@@ -172,6 +175,18 @@ class Adapted:
     fresh: Sequence[str]
     head: str | None
     base_revision: str | None
+
+
+def first_token(rows: Any, token_id: int | None) -> int | None:
+    """The token, if the first few rows all begin with it, padding aside; else None."""
+    if token_id is None:
+        return None
+    for row in (rows[i] for i in range(min(len(rows), LOOKED_AT))):
+        mask = row.get("attention_mask") or [1] * len(row["input_ids"])
+        there = [token for token, real in zip(row["input_ids"], mask, strict=True) if real]
+        if not there or int(there[0]) != token_id:
+            return None
+    return token_id
 
 
 def adapt(

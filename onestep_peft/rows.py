@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+import torch
+from datasets import Dataset, Value
+from torch.utils.data import Dataset as TorchDataset
 
 from onestep_peft import data
 from onestep_peft.lengths import NO_LIMIT, longest_input
-from onestep_peft.tasks import TEXT_GENERATION, Task
+from onestep_peft.tasks import TEXT_GENERATION, TEXT_REGRESSION, Task
 from onestep_peft.tasks.task import UNLABELLED
 
 
@@ -138,7 +140,32 @@ def check_tokenised(name: str, rows: Any, task: Task, outputs: int) -> Any:
         fault = task.fault(label, length, outputs)
         if fault is not None:
             raise ValueError(f"{name}, row {i}: {fault}")
-    return rows.rename_column("label", "labels") if isinstance(rows, Dataset) and column == "label" else rows
+    if isinstance(rows, Dataset) and column == "label":
+        rows = rows.rename_column("label", "labels")
+    return _with_floats(rows) if task is TEXT_REGRESSION else rows
+
+
+def _with_floats(rows: Any) -> Any:
+    """Rows whose labels are floats: among whole numbers a missing one cannot be told from -100."""
+    if not isinstance(rows, Dataset):
+        return _Floats(rows)
+    kind: Any = rows.features["labels"]
+    number = Value("float32")
+    return rows.cast_column("labels", type(kind)(number) if hasattr(kind, "feature") else number)
+
+
+class _Floats(TorchDataset):
+    """Any other set's rows, each changed as it is read."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self._rows[i]
+        return {**row, "labels": torch.as_tensor(row["labels"]).float().tolist()}
 
 
 def check_room(name: str, rows: Any, positions: int, virtual_tokens: int) -> None:

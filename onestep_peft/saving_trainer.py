@@ -45,6 +45,8 @@ class SavingTrainer(HeadTrainer):
     def save_folder(self, folder: Path) -> None:
         """Writes a whole folder, over nothing but what this trainer has saved there before."""
         self.check_free(folder)
+        if self.optimizer is not None:
+            self.one_step.bodies.leave()  # a callback may save in the middle of a pass
         self.report = save_whole(folder, lambda staging: self._write(staging, folder))
         self.saved_to.add(folder.resolve())
 

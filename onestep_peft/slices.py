@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from typing import Any
 
 import torch
@@ -56,13 +58,16 @@ class SlicedRows(Dataset):
     def __init__(self, rows: Any, slices: int, batch_size: int) -> None:
         self._rows = rows
         self._parts = self._dealt(slices)
-        whole = batch_size * processes.number()
-        self._length = -(-max(map(len, self._parts)) // whole) * whole
+        self._whole = batch_size * processes.number()
+        self._length = self._filled(max(map(len, self._parts)))
         self.current = 0
 
     def _dealt(self, slices: int) -> list[list[int]]:
         order = by_content(listed(self._rows))
         return [sorted(order[i::slices]) for i in range(slices)]
+
+    def _filled(self, rows: int) -> int:
+        return -(-rows // self._whole) * self._whole
 
     def __len__(self) -> int:
         return self._length
@@ -95,18 +100,26 @@ class PartedRows(SlicedRows):
         parts = fold_of_each(listed(self._rows), slices)
         return [parts.eq(part).nonzero().flatten().tolist() for part in range(int(parts.max()) + 1)]
 
+    def __init__(self, rows: Any, slices: int, batch_size: int) -> None:
+        super().__init__(rows, slices, batch_size)
+        self._ends = list(itertools.accumulate(self._filled(len(part)) for part in self._parts))
+
     def __len__(self) -> int:
-        return len(self._parts) * self._length
+        return self._ends[-1]
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self._at(*divmod(i, self._length))
+        return self._at(*self._place(i))
 
     def row(self, i: int) -> int:
         """The number, among all rows, of the one at this place; behind a part's last one that one's."""
-        return self._row(*divmod(min(i, len(self) - 1), self._length))
+        return self._row(*self._place(min(i, len(self) - 1)))
 
     def part(self, i: int) -> int:
         """The part of the row at this place."""
-        return i // self._length
+        return bisect.bisect_right(self._ends, i)
+
+    def _place(self, i: int) -> tuple[int, int]:
+        part = self.part(i)
+        return part, i - (self._ends[part - 1] if part else 0)

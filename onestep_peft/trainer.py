@@ -127,7 +127,7 @@ class OneStepTrainer(SavingTrainer):
         tokenizer = prepared.processing_class or getattr(data_collator, "tokenizer", None)
         self._token_ids = {
             "pad_token_id": getattr(tokenizer, "pad_token_id", None),
-            "first_token_id": getattr(tokenizer, "cls_token_id", None),
+            "first_token_id": preparation.first_token(prepared.sets.train, getattr(tokenizer, "cls_token_id", None)),
         }
         self.tokenise = prepared.tokenise
         self.task, self._template_config = prepared.task, config_of(cast(nn.Module, prepared.model))
@@ -148,6 +148,7 @@ class OneStepTrainer(SavingTrainer):
         check_lengths(prepared.sets.train, self.task, data_collator, tokenizer)
         self.report = StepReport()
         self.saved_to: set[Path] = set()
+        self._folds = {}
         super().__init__(
             model=self._adapt(prepared.model) if model is not None else None,
             args=config,
@@ -242,6 +243,7 @@ class OneStepTrainer(SavingTrainer):
         self._head_done = True
         if self.resume_run(self.bare_model, self.adapted.fresh):
             return
+        self.one_step.bodies.check()
         if self.state.global_step > 0:  # from Trainer's checkpoint, which has the head, but not those of the folds
             self.refit_fold_heads()
             return
@@ -298,11 +300,14 @@ class OneStepTrainer(SavingTrainer):
     def parts(self) -> int:
         """Into how many parts the rows are dealt: several where the step is searched, and more passes follow."""
         config = self._config
-        once = config.max_steps == 1 or self.slices > 1
-        alone = not any(isinstance(layer, Layer) for layer in self.layers())
-        if once or config.fixed_step_size is not None or alone or (self.fits_head() and config.head_folds == 1):
+        if config.max_steps == 1 or self.slices > 1 or config.fixed_step_size is not None or config.body_folds == 1:
             return 1
-        return min(config.body_folds, len(self.pass_rows))
+        # Parameters as they are have no gradients by part, and neither have prompts.
+        plain = not PARAMETER_DIRECTIONS.keys().isdisjoint(self.directions)
+        alone = not any(isinstance(layer, Layer) for layer in self.layers())
+        if plain or alone or (self.fits_head() and config.head_folds == 1):
+            return 1
+        return int(self._all_folds(config.body_folds).max()) + 1
 
     @property
     def _rank(self) -> int | None:
@@ -339,6 +344,9 @@ class OneStepTrainer(SavingTrainer):
             "method": self._method.name,
             "task": self.task.name,
             "directions": self.directions,
+            # What a pass notes on its way depends on whether it has parts, and whether another one follows.
+            "parts": self.parts,
+            "steps": self._config.max_steps if self.parts > 1 else None,
             "adapter": described(self.bare_model),
             "collator": type(self.data_collator).__qualname__,
             "metrics": self._metric_names,

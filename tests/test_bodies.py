@@ -18,6 +18,7 @@ from onestep_peft import OneStepTrainer
 from onestep_peft.held_out import listed
 from onestep_peft.out_of_fold import FoldHeads, fold_of_each
 from onestep_peft.slices import PartedRows
+from onestep_peft.step.bodies import Bodies
 from onestep_peft.tasks.task import UNLABELLED
 from tests.conftest import (
     assert_same_bits,
@@ -29,6 +30,7 @@ from tests.conftest import (
     toy_rows,
     trainer_for,
     updates,
+    word_tokenizer,
 )
 
 ROWS = toy_rows(90, seed=1)
@@ -67,17 +69,17 @@ def run(folder: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> OneS
 def test_a_pass_goes_through_one_part_after_the_other() -> None:
     rows = sorted(listed(tokenised([*ROWS, *ROWS[:20]])), key=lambda row: -len(row["input_ids"]))
     parted = PartedRows(Dataset.from_list(rows), 2, 8)
-    assert len(parted) == 2 * 64 and len(rows) == 110
+    assert len(parted) == 56 + 64 and len(rows) == 110
     places = [i for i in range(len(parted)) if parted[i]["labels"] != UNLABELLED]
     assert sorted(parted.row(i) for i in places) == list(range(110))
     parts = fold_of_each(rows, 2)
     assert all(parted.part(i) == parts[parted.row(i)] for i in range(len(parted)))
     assert all(len({parted.part(i) for i in range(start, start + 8)}) == 1 for start in range(0, len(parted), 8))
-    for start in (0, 64):
-        lengths = [len(parted[i]["input_ids"]) for i in range(start, start + 64)]
+    for start, end in ((0, 56), (56, 120)):
+        lengths = [len(parted[i]["input_ids"]) for i in range(start, end)]
         assert lengths == sorted(lengths, reverse=True)
     with pytest.raises(IndexError):
-        parted[128]
+        parted[120]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,7 @@ def test_a_pass_goes_through_one_part_after_the_other() -> None:
         ({"slices": 2}, 1),
         ({"step_size": 0.01}, 1),
         ({"direction": "sgd"}, 1),
+        ({"direction": ["kfac", "sign"]}, 1),
         ({"head_folds": 1}, 1),
         ({"head_folds": 1, "fit_head": False}, 2),
         ({"method": "prompt_tuning", "peft_config": None, "direction": "auto", "rank": None}, 1),
@@ -321,3 +324,53 @@ def test_the_plan_tells_what_the_bodies_hold(method: str, tmp_path: Path) -> Non
     trainer.train()
     assert sum(held) <= told <= 1.02 * sum(held)
     assert "bodies" not in trainer_for(tmp_path / "one", ROWS, **options).plan().memory
+
+
+def test_there_are_no_more_parts_than_different_rows(tmp_path: Path) -> None:
+    options = {**WHOLE, "fit_head": False, "search_dataset": toy_rows(20, seed=3), "max_steps": 2}
+    assert trainer_for(tmp_path / "one", ROWS[:1] * 12, **options).parts == 1
+    few = trainer_for(tmp_path / "few", ROWS[:2] * 6, body_folds=3, **options)
+    assert few.parts == 2
+    few.train()
+
+
+def test_a_checkpoint_has_the_bodies_of_its_step_or_none(tmp_path: Path) -> None:
+    one = run(tmp_path, toy_rows(300, seed=1), save_strategy="steps", save_steps=1)
+    assert not one.one_step.bodies.apart
+    states = [torch.load(tmp_path / f"checkpoint-{i}" / "optimizer.pt")["state"].values() for i in (1, 2)]
+    assert all("bodies" in state for state in states[0]) and not any("bodies" in state for state in states[1])
+
+
+def test_a_checkpoint_of_other_parts_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, toy_rows(300, seed=1), save_strategy="steps", save_steps=1)
+    again = trainer_for(
+        tmp_path, toy_rows(300, seed=1), search_dataset=toy_rows(60, seed=3), max_steps=2, body_folds=3, **WHOLE
+    )
+    with pytest.raises(ValueError, match="goes on with `body_folds=2`, and the run has 3"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_what_an_unfinished_pass_kept_comes_back_where_the_parameters_are() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    state: dict[Tensor, dict[str, Any]] = {parameter: {}}
+    bodies = Bodies([parameter], 2, lambda: state)
+    bodies.load({"sums.0.items": torch.ones(()), "moved.0": torch.zeros(2, 3)})
+    assert all(one.device.type == "meta" for one in bodies.tensors().values())
+
+
+def test_whole_numbers_to_be_predicted_are_not_taken_for_missing_ones(tmp_path: Path) -> None:
+    """Rows that fill up the last micro-batch of a part have no label; among integers that was a target of -100."""
+    torch.manual_seed(7)
+    tokens = word_tokenizer()([row["text"] for row in ROWS[:61]])
+    rows = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": number % 4}
+        for number, ids in enumerate(tokens["input_ids"])
+    ]
+    for given in (Dataset.from_list(rows), rows):
+        trainer = trainer_for(
+            tmp_path, given, model=tiny_bert(num_labels=1, problem_type="regression"), search_dataset=given,
+            max_steps=2, guard=False, direction="kfac",
+        )  # fmt: skip
+        trainer.train()
+        first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        assert 0 < first < 20

@@ -249,10 +249,21 @@ def test_an_adapter_that_has_learnt_something_else_is_not_replaced(tmp_path: Pat
 
 
 def test_a_run_with_fewer_steps_does_not_go_beyond_them(tmp_path: Path) -> None:
-    cut(tmp_path / "cut", 5 + 6, max_steps=2)
-    shorter = trainer(tmp_path / "cut", max_steps=1)
+    cut(tmp_path / "cut", 5 + 6, max_steps=2, body_folds=1)
+    shorter = trainer(tmp_path / "cut", max_steps=1, body_folds=1)
     shorter.train()
     assert len(shorter.report.steps) == shorter.state.global_step == 1
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 3)])
+def test_a_pass_in_parts_is_not_taken_up_by_a_run_that_notes_others(before: int, now: int, tmp_path: Path) -> None:
+    cut(tmp_path / "cut", 5, max_steps=before)
+    again = trainer(tmp_path / "cut", max_steps=now)
+    with pytest.warns(UserWarning, match="other settings"):
+        again.train()
+    whole = trainer(tmp_path / "whole", max_steps=now)
+    whole.train()
+    assert json.dumps(again.report.steps) == json.dumps(whole.report.steps)
 
 
 def test_files_of_the_users_own_stay(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 After a step the model knows the rows that moved it: their losses are lower than other rows', and a second gradient of
 theirs says little that holds elsewhere. Here the rows are dealt into parts. Beside the model there is a body for each
-part, which every step moves along with it by the rows of the *other* parts alone, and a later pass takes each
+part, which every step moves along with it by the rows of the *other* parts, and a later pass takes each
 row's gradient at the body of its part. It is the cross-fitting of Chernozhukov et al., "Double/debiased machine
 learning", Econometrics Journal 21, 2018, with the body of a network for the nuisance.
 """
@@ -49,6 +49,20 @@ class Bodies:
     def apart(self) -> bool:
         """Whether the bodies have moved, and so differ from the model."""
         return self.parts > 1 and bool(self._parameters) and KEY in self._state().get(self._parameters[0], {})
+
+    def forget(self) -> None:
+        """There are no bodies any more but the model's own."""
+        for parameter in self._parameters:
+            self._state().get(parameter, {}).pop(KEY, None)
+
+    def check(self) -> None:
+        """Raises a ValueError where a checkpoint's bodies are of other parts."""
+        found = len(self._state()[self._parameters[0]][KEY]) if self.apart else self.parts
+        if found != self.parts:
+            raise ValueError(
+                f"The checkpoint goes on with `body_folds={found}`, and the run has {self.parts}. Resume with the same "
+                "`body_folds`."
+            )
 
     @torch.no_grad()
     def enter(self, part: int) -> None:
@@ -171,7 +185,8 @@ class Bodies:
             prefix = f"sums.{i}."
             sums = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
             if sums:
-                self._closed.append(sums)
+                device = self._parameters[0].device
+                self._closed.append({name: total.to(device) for name, total in sums.items()})
 
 
 def _copied(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -244,6 +244,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
                 self.bodies.follow(
                     evidence, outcome.direction, outcome.reach, damping=settings.damping, rank=settings.rank
                 )
+            else:
+                self.bodies.forget()
             kept = outcome.accepted
         finally:  # an error or an interruption in the search leaves the model as it was
             if not kept:
@@ -301,7 +303,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
                 loss = self._loss_along(first, candidate.name, trials)
                 hopeless = _behind(trials) if searched else lambda: False
                 result = search_step_size(loss, first.start * scale, loss_at_zero=before, hopeless=hopeless)
-                scale = result.best[0] / first.start or scale
+                if result.best[0] > 0:
+                    scale = result.best[0] / first.start
             else:
                 loss = self._loss_along(candidate, candidate.name, trials)
                 result = SearchResult([(0.0, before), (fixed, loss(fixed))])

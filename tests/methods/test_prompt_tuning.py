@@ -10,7 +10,7 @@ import torch
 from peft import PromptTuningConfig, PromptTuningInit
 from torch import Tensor, nn
 
-from onestep_peft import OneStepTrainer
+from onestep_peft import OneStepTrainer, preparation
 from tests.conftest import (
     assert_same_bits,
     bits,
@@ -177,3 +177,13 @@ def test_a_second_step_starts_where_the_first_ended(tmp_path: Path) -> None:
     assert steps[0]["accepted"]
     assert len(steps) == 2
     assert steps[1]["loss_before"] == pytest.approx(steps[0]["loss_after"], rel=1e-4)
+
+
+def test_the_first_token_is_one_that_rows_begin_with() -> None:
+    rows = [
+        {"input_ids": [0, 2, 7], "attention_mask": [0, 1, 1]},
+        {"input_ids": [2, 9]},
+    ]
+    assert preparation.first_token(rows, 2) == 2
+    assert preparation.first_token(rows, None) is None
+    assert preparation.first_token([*rows, {"input_ids": [9, 2]}], 2) is None
