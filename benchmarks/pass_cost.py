@@ -1,0 +1,99 @@
+"""What the pass costs beside a bare forward and backward through the same batches, with all linear layers' gradients.
+
+Processor time of one thread, pass and bare walk in turn, three times each, in one process; told is the ratio of the
+medians. MiniLM-L6 with LoRA of rank 8, micro-batches of 16, longest rows first, as the pass has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from quality.settings import MAX_LENGTH, Setting
+from results_file import Results
+from transformers import DataCollatorWithPadding, TrainerCallback
+from transformers.utils import logging
+
+from onestep_peft import OneStepConfig, OneStepTrainer
+
+RESULTS = Results("pass_cost")
+REPEATS, BATCH = 3, 16
+
+
+class Stopwatch(TrainerCallback):
+    """Processor seconds from the start of the pass to the step."""
+
+    seconds = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.process_time()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.seconds = time.process_time() - self._began
+
+
+def the_pass(setting: Setting) -> float:
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        OneStepTrainer(
+            model=setting.model(),
+            args=OneStepConfig(
+                output_dir=folder, seed=setting.seed, disable_tqdm=True, report_to="none", max_length=MAX_LENGTH,
+                per_device_train_batch_size=BATCH, direction=["kfac_schatten", "kfac"], search_budget=1,
+            ),
+            train_dataset=Dataset.from_list(setting.train()),
+            search_dataset=Dataset.from_list(setting.search()[:16]),  # the search is not what is timed
+            processing_class=setting.tokenizer(),
+            peft_config=LoraConfig(r=8, lora_alpha=16),
+            callbacks=[watch],
+        ).train()  # fmt: skip
+    return watch.seconds
+
+
+def bare(setting: Setting) -> float:
+    model, tokenizer = setting.model().eval(), setting.tokenizer()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("weight") and parameter.dim() == 2 and "embeddings" not in name)
+    rows = [
+        {**tokenizer(row["text"], truncation=True, max_length=MAX_LENGTH), "labels": row["label"]}
+        for row in setting.train()
+    ]
+    rows.sort(key=lambda row: -len(row["input_ids"]))
+    collate = DataCollatorWithPadding(tokenizer)
+    began = time.process_time()
+    for start in range(0, len(rows), BATCH):
+        batch = collate(rows[start : start + BATCH])
+        labels = batch.pop("labels")
+        torch.nn.functional.cross_entropy(model(**batch).logits, labels, reduction="sum").backward()
+    return time.process_time() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder a set")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    for name, rows in (("trec6", 500), ("sst2", 500)):
+        setting = Setting(options.data, name, rows, 0)
+        if RESULTS.find(**setting.key) is None:
+            times = [(the_pass(setting), bare(setting)) for _ in range(REPEATS)]
+            ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+            RESULTS.add({**setting.key, "pass": ours, "bare": theirs, "ratio": ours / theirs})
+        found = RESULTS.find(**setting.key)
+        assert found is not None
+        print(f"{name}, {rows} rows: pass {found['pass']:.1f} s, bare {found['bare']:.1f} s: {found['ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
