@@ -117,9 +117,10 @@ class HeadTrainer(SharingTrainer):
     def _heads_at_bodies(self, numbers: Sequence[int], whole: head.HeadFit) -> FoldHeads | None:
         """The same for each part of the rows at its body: fold f of part p is fold f · parts + p of all."""
         bodies, folds = self.one_step.bodies, cast(OneStepConfig, self.args).head_folds
+        part_of_row = self._all_folds(bodies.parts).tolist()
         heads: list[FoldHeads | None] = []
         for part in range(bodies.parts):
-            own = [number for number in numbers if int(self._all_folds(bodies.parts)[number]) == part]
+            own = [number for number in numbers if part_of_row[number] == part]
             with bodies.standing_in(part):
                 found = self._features(own)
             of_items = self._folds_of(found, own, folds * bodies.parts) // bodies.parts

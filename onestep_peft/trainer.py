@@ -185,7 +185,6 @@ class OneStepTrainer(SavingTrainer):
     def plan(self) -> Plan:
         """What `train` would do and cost. The model is not called, and nothing is changed or written."""
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset or ()]
-        fitted = self.head_layer() if self.fits_head() else None
         wanted = self._method.auto if self._config.directions == (AUTO,) else self.directions
         return make_plan(
             self.bare_model,
@@ -195,7 +194,7 @@ class OneStepTrainer(SavingTrainer):
             left_out=wanted[len(self.directions) :],
             rank=self._rank,
             layers=self.layers(),
-            head=fitted,
+            head=self.head_layer() if self.fits_head() else None,
             rows={**self._row_counts(), "evaluation": sum(map(len, sets))},
             parts=self.parts,
         )
@@ -345,8 +344,7 @@ class OneStepTrainer(SavingTrainer):
             "task": self.task.name,
             "directions": self.directions,
             # What a pass notes on its way depends on whether it has parts, and whether another one follows.
-            "parts": self.parts,
-            "steps": self._config.max_steps if self.parts > 1 else None,
+            "parts": (self.parts, self._config.max_steps) if self.parts > 1 else None,
             "adapter": described(self.bare_model),
             "collator": type(self.data_collator).__qualname__,
             "metrics": self._metric_names,

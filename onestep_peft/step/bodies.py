@@ -100,14 +100,14 @@ class Bodies:
         self.leave()
         self._closed, self._total = [], {}
 
-    def close_before(self, part: int, sums: Mapping[str, Tensor]) -> None:
+    def close_before(self, part: int, sums: Callable[[], Mapping[str, Tensor]]) -> None:
         """Notes, where a part begins, what the rows before it have summed up to.
 
         Args:
-            sums: `items`, and by layer and name what its statistics and its gradient are so far.
+            sums: Returns `items`, and by layer and name what its statistics and its gradient are so far.
         """
         while len(self._closed) < min(part, self.parts - 1):
-            self._closed.append(_copied(sums))
+            self._closed.append(_copied(sums()))
 
     def end_pass(self, sums: Mapping[str, Tensor]) -> None:
         """Notes the sums of all parts, and adds up what the processes have noted."""
@@ -148,8 +148,6 @@ class Bodies:
             damping: As in `build_candidates`.
             rank: As in `build_candidates`.
         """
-        if not self._total:
-            return
         moved, before, apart = Snapshot(self._parameters), evidence.before, self.apart
         bodies: list[list[Tensor]] = []
         for part in range(self.parts):
@@ -177,16 +175,19 @@ class Bodies:
 
     def load(self, named: Mapping[str, Tensor]) -> None:
         """Takes over what `tensors` returned."""
-        self._closed = []
+        device, self._closed = self._parameters[0].device, []
         for i, parameter in enumerate(self._parameters):
             if f"moved.{i}" in named:
                 self._state()[parameter][KEY] = named[f"moved.{i}"].to(parameter)
         for i in range(self.parts - 1):
-            prefix = f"sums.{i}."
-            sums = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
-            if sums:
-                device = self._parameters[0].device
+            if sums := below(f"sums.{i}", named):
                 self._closed.append({name: total.to(device) for name, total in sums.items()})
+
+
+def below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose names start with a prefix and a dot, by the rest of their names."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in named.items() if name.startswith(start)}
 
 
 def _copied(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

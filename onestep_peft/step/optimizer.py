@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onestep_peft.step import processes
-from onestep_peft.step.bodies import Bodies
+from onestep_peft.step.bodies import Bodies, below
 from onestep_peft.step.candidates import Bundle, Candidate, Evidence, build_candidates, share_at_start
 from onestep_peft.step.guard import cross_fitted, judge, surely_worse
 from onestep_peft.step.layers import Layer, Prompt
@@ -150,7 +150,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
     def enter_part(self, part: int) -> None:
         """Before a micro-batch of rows of this part."""
         if self.goes_on:
-            self.bodies.close_before(part, self._sums_of_layers())
+            self.bodies.close_before(part, self._sums_of_layers)
         self.bodies.enter(part)
 
     def _sums_of_layers(self) -> dict[str, Tensor]:
@@ -185,10 +185,10 @@ class OneStepOptimizer(torch.optim.Optimizer):
     def load_sums(self, named: Mapping[str, Tensor]) -> None:
         """Takes over what `sums` returned."""
         self._items = float(named["items"])
-        self.gradients.load(_below("gradient", named))
+        self.gradients.load(below("gradient", named))
         for name, record in self.statistics.items():
-            record.load(_below(f"statistics.{name}", named))
-        self.bodies.load(_below("bodies", named))
+            record.load(below(f"statistics.{name}", named))
+        self.bodies.load(below("bodies", named))
 
     @torch.no_grad()
     def finish_pass(self) -> float:
@@ -373,9 +373,3 @@ def _behind(trials: Sequence[Tensor]) -> Callable[[], bool]:
 def _best(trials: Sequence[Tensor]) -> Tensor:
     """The losses of the trial with the lowest mean."""
     return min(trials, key=lambda losses: float(losses.mean().nan_to_num(math.inf)))
-
-
-def _below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whose names start with a prefix and a dot, by the rest of their names."""
-    start = f"{prefix}."
-    return {name.removeprefix(start): tensor for name, tensor in named.items() if name.startswith(start)}
