@@ -27,28 +27,36 @@ class Verdict:
     probability: float
 
 
-def cross_fitted(trials: Sequence[Tensor], folds: int) -> Tensor:
+def cross_fitted(trials: Sequence[Tensor], folds: int, *, deals: int = 100, seed: int = 0) -> Tensor:
     """Losses of rows at the trial that the *other* rows would have chosen, `(rows,)`.
 
     Rows that chose a step say too well of it. Here no row judges its own choice, and yet every row both chooses and
-    judges, without one more forward: the search has already measured each row at each trial.
+    judges, without one more forward: the search has already measured each row at each trial. Where trials are almost
+    as good as each other, one deal of the rows into folds may by chance have them choose badly: a row's loss is the
+    mean over many deals.
 
     Args:
-        trials: Per trial the losses `(rows,)`; the one before the step among them.
-        folds: Rows i, i + folds, ... form a fold.
+        trials: Per trial the losses `(rows,)`; the one before the step among them. One with a loss that is not finite
+            is never chosen.
+        folds: Rows are dealt into so many.
+        deals: How often.
+        seed: Of the deals.
     """
     losses = torch.stack([trial.double().cpu() for trial in trials])  # (trials, rows)
+    losses[~losses.isfinite().all(1)] = torch.inf  # no trial to choose, for any row
     rows = losses.shape[1]
     folds = min(folds, rows)
     if folds < 2:
-        return losses[losses.mean(1).nan_to_num(torch.inf).argmin()]
-    fold_of_row = torch.arange(rows) % folds
-    judged = torch.empty(rows, dtype=losses.dtype)
-    for fold in range(folds):
-        held = fold_of_row == fold
-        chosen = losses[:, ~held].mean(1).nan_to_num(torch.inf).argmin()
-        judged[held] = losses[chosen, held]
-    return judged
+        return losses[losses.mean(1).argmin()]
+    generator = torch.Generator().manual_seed(seed)
+    judged = torch.zeros(rows, dtype=losses.dtype)
+    for _ in range(deals):
+        fold_of_row = torch.randperm(rows, generator=generator) % folds
+        for fold in range(folds):
+            held = fold_of_row == fold
+            chosen = losses[:, ~held].mean(1).argmin()
+            judged[held] += losses[chosen, held]
+    return judged / deals
 
 
 def judge(before: Tensor, after: Tensor, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Verdict:
