@@ -49,6 +49,9 @@ class OneStepConfig(TrainingArguments):
             that has not moved by it: the rows are dealt into so many parts, and each part's body is moved by the
             others. Holds a copy of what moves, and of its statistics, for each part. 1 for the model itself; so it is
             where the step size is fixed.
+        covariance_rows: Where there are at least twice as many rows (in each part, where there are parts), the layers'
+            covariances are taken from a sample of so many, or somewhat more, alike by class. The gradient is always
+            that of all rows. Not for slices.
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
         search_rows_max: The most rows that are held out of the training set.
         guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
@@ -86,6 +89,9 @@ class OneStepConfig(TrainingArguments):
         default=2,
         metadata={"help": "With several steps: parts of the rows, each with a body that the others move."},
     )
+    covariance_rows: int = field(
+        default=1500, metadata={"help": "With many rows, the layers' covariances come from a sample of so many."}
+    )
     search_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows held out."})
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
     guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
@@ -117,6 +123,7 @@ class OneStepConfig(TrainingArguments):
         _check_range("damping", self.damping, 0, None, "0.1")
         _check_range("head_folds", self.head_folds, 1, None, "5", whole=True)
         _check_range("body_folds", self.body_folds, 1, None, "2", whole=True)
+        _check_range("covariance_rows", self.covariance_rows, 1, None, "1500", whole=True)
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
         _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)

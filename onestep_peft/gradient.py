@@ -60,6 +60,11 @@ class ExactGradientTrainer(Trainer):
         optimizer: Any = self.optimizer
         return getattr(optimizer, "optimizer", optimizer)
 
+    @property
+    def shares(self) -> int:
+        """Into how many shares the rows of each part are dealt, of which one counts for the layers' covariances."""
+        return 1
+
     def forget_cursor(self) -> None:
         """Counts rows from the first one again."""
         self._cursor = 0
@@ -83,8 +88,8 @@ class ExactGradientTrainer(Trainer):
         self._sliced = None
         if self.slices > 1:
             self._sliced = SlicedRows(rows, self.slices, self._train_batch_size)
-        elif self.parts > 1:
-            self._sliced = PartedRows(rows, self.parts, self._train_batch_size)
+        elif self.parts * self.shares > 1:
+            self._sliced = PartedRows(rows, self.parts, self.shares, self._train_batch_size)
         self.train_dataset = self._sliced or padded(rows, self._train_batch_size)
         try:
             return super().get_train_dataloader()
@@ -107,7 +112,9 @@ class ExactGradientTrainer(Trainer):
             Zero, and for the last micro-batch the mean loss of the pass, so that Trainer logs just that.
         """
         if isinstance(self._sliced, PartedRows):
-            self.one_step.enter_part(self._sliced.part(processes.dealt(self._cursor, self._train_batch_size)))
+            part, covers = self._sliced.part(processes.dealt(self._cursor, self._train_batch_size))
+            self.one_step.enter_part(part)
+            self.one_step.cover(covers)
         with self.accelerator.no_sync(model):  # the sums of all processes are added up once, at the end
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss_sum = self._loss_sum + loss

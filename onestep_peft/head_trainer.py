@@ -14,7 +14,7 @@ from onestep_peft import head, out_of_fold
 from onestep_peft.callbacks import StepProgress
 from onestep_peft.config import OneStepConfig
 from onestep_peft.gradient import not_finite
-from onestep_peft.held_out import HeldOut, by_content, listed, padded, select
+from onestep_peft.held_out import HeldOut, Split, batched_by_length, by_content, listed, padded, select
 from onestep_peft.hub.sharing import SharingTrainer
 from onestep_peft.out_of_fold import FoldHeads
 from onestep_peft.preparation import Adapted
@@ -31,6 +31,8 @@ class HeadTrainer(SharingTrainer):
 
     adapted: Adapted
     held_out: HeldOut | None
+    held_rows: Any
+    _split: Split
     _progress: StepProgress | None
     _fold_heads: FoldHeads | None = None
     _folds: dict[int, Tensor]
@@ -44,6 +46,29 @@ class HeadTrainer(SharingTrainer):
         """The held-out rows' losses at the model as it stands, `(rows,)`."""
         assert self.held_out is not None
         return self.held_out.losses(self.bare_model)
+
+    def make_held_out(self) -> HeldOut | None:
+        """The held-out rows in batches, each of them seen once.
+
+        Raises:
+            ValueError: A row's loss is not finite.
+        """
+        if self.held_rows is None:
+            return None
+        order, positions = batched_by_length(listed(self.held_rows), self.args.eval_batch_size)
+        batches = self.get_test_dataloader(padded(select(self.held_rows, order), self.args.eval_batch_size))
+        # Batches are dealt out in turn; one of padding alone has no positions.
+        own = positions[processes.rank() :: processes.number()]
+        held = list(batches)
+        held_out = HeldOut(held, own + [[]] * (len(held) - len(own)), len(self.held_rows), self.task)
+        if self.fits_head():  # the same forward gives what the head is fitted to
+            held_out.features(self.bare_model, self.head_layer())
+        bad = (~torch.isfinite(held_out.losses(self.bare_model))).nonzero().flatten().tolist()
+        if bad:
+            content = by_content(listed(self.held_rows))
+            numbers = [self._split.held_numbers[content[i]] for i in bad]
+            raise ValueError(not_finite(float("nan"), self.named(numbers, self._split.held_name)))
+        return held_out
 
     def fits_head(self) -> bool:
         """Whether there is a fresh head and it is wanted fitted.

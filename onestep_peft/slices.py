@@ -1,4 +1,4 @@
-"""The rows of a pass in slices, each with a step of its own, or in parts, each with a body of its own."""
+"""The rows of a walk in slices, each with a step of its own; those of a pass in parts and in shares."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task) -> int:
             f'`slices={slices}`, but the pass has {len(rows)} rows. Give at most as many; the default is "auto".'
         )
     return slices
+
+
+def number_of_shares(config: OneStepConfig, rows: int) -> int:
+    """Into how many shares so many rows are dealt, of which one counts for the layers' covariances."""
+    return max(1, rows // config.covariance_rows) if config.slices == 1 else 1
 
 
 class SlicedRows(Dataset):
@@ -91,18 +96,27 @@ class SlicedRows(Dataset):
 
 
 class PartedRows(SlicedRows):
-    """Slices one behind the other, in one pass: the parts of the rows, equal rows in the same one.
+    """All rows in one pass, part by part, equal rows in the same one; no micro-batch has rows of two parts.
 
-    No micro-batch has rows of two parts.
+    Of each part a share, alike by class, comes first: the rows that count for the layers' covariances.
+
+    Args:
+        rows: As in `SlicedRows`.
+        parts: Number of parts, each with a body of its own.
+        shares: Into how many shares a part is dealt; one of them counts for covariances.
+        batch_size: Rows of a micro-batch.
     """
 
-    def _dealt(self, slices: int) -> list[list[int]]:
-        parts = fold_of_each(listed(self._rows), slices)
-        return [parts.eq(part).nonzero().flatten().tolist() for part in range(int(parts.max()) + 1)]
+    def __init__(self, rows: Any, parts: int, shares: int, batch_size: int) -> None:
+        self._number, self._shares = parts, shares
+        super().__init__(rows, parts * min(shares, 2), batch_size)
+        self._ends = list(itertools.accumulate(self._filled(len(section)) for section in self._parts))
 
-    def __init__(self, rows: Any, slices: int, batch_size: int) -> None:
-        super().__init__(rows, slices, batch_size)
-        self._ends = list(itertools.accumulate(self._filled(len(part)) for part in self._parts))
+    def _dealt(self, slices: int) -> list[list[int]]:
+        # Fold by fold the rows go to each part in turn, so a row's part is the same whatever the number of shares.
+        folds = fold_of_each(listed(self._rows), self._number * self._shares)
+        section = folds % self._number * (slices // self._number) + (folds >= self._number).long()
+        return [section.eq(number).nonzero().flatten().tolist() for number in range(slices)]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -113,13 +127,17 @@ class PartedRows(SlicedRows):
         return self._at(*self._place(i))
 
     def row(self, i: int) -> int:
-        """The number, among all rows, of the one at this place; behind a part's last one that one's."""
+        """The number, among all rows, of the one at this place; behind a section's last one that one's."""
         return self._row(*self._place(min(i, len(self) - 1)))
 
-    def part(self, i: int) -> int:
-        """The part of the row at this place."""
+    def part(self, i: int) -> tuple[int, bool]:
+        """The part of the row at this place, and whether it counts for covariances."""
+        part, share = divmod(self._section(i), min(self._shares, 2))
+        return part, share == 0
+
+    def _section(self, i: int) -> int:
         return bisect.bisect_right(self._ends, i)
 
     def _place(self, i: int) -> tuple[int, int]:
-        part = self.part(i)
-        return part, i - (self._ends[part - 1] if part else 0)
+        section = self._section(i)
+        return section, i - (self._ends[section - 1] if section else 0)

@@ -28,16 +28,14 @@ from onestep_peft import preparation
 from onestep_peft.callbacks import StepCallback, StepProgress
 from onestep_peft.collation import check_lengths, collator_for
 from onestep_peft.config import AUTO, OneStepConfig
-from onestep_peft.gradient import not_finite
-from onestep_peft.held_out import HeldOut, batched_by_length, by_content, listed, padded, select, split_rows
+from onestep_peft.held_out import select, split_rows
 from onestep_peft.methods import check_directions, method_for, prompt_tuning
 from onestep_peft.plan import Plan, make_plan
 from onestep_peft.report import StepReport, peak_memory, step_record
 from onestep_peft.rows import Sets
 from onestep_peft.saving import check_folder
 from onestep_peft.saving_trainer import SavingTrainer
-from onestep_peft.slices import number_of_slices
-from onestep_peft.step import processes
+from onestep_peft.slices import number_of_shares, number_of_slices
 from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import affordable
@@ -237,7 +235,7 @@ class OneStepTrainer(SavingTrainer):
             self.count_steps(len(self.one_step.outcomes))
             return
         self._before = Snapshot(self.trainable())
-        self.held_out = self._make_held_out()
+        self.held_out = self.make_held_out()
         self.check_target()
         self._head_done = True
         if self.resume_run(self.bare_model, self.adapted.fresh):
@@ -278,12 +276,11 @@ class OneStepTrainer(SavingTrainer):
                 config.guard_confidence, settled=self.slices > 1, parts=self.parts,
             )  # fmt: skip
             head_parameters = set(self.head_layer().parameters()) if self.fits_head() else set()
-            whitened = not WHITENED.isdisjoint(map(rule_of, self.directions))
             self.optimizer = OneStepOptimizer(
                 self.trainable(),
                 settings,
                 layers=layers,
-                statistics=self._stack.enter_context(observed(layers, whitened)),
+                statistics=self._stack.enter_context(observed(layers, self._whitens)),
                 held_out_losses=self.held_out_losses if self.held_rows is not None else None,
                 progress=self._show_point,
                 body=[parameter for parameter in self.trainable() if parameter not in head_parameters],
@@ -307,6 +304,16 @@ class OneStepTrainer(SavingTrainer):
         if plain or alone or (self.fits_head() and config.head_folds == 1):
             return 1
         return int(self._all_folds(config.body_folds).max()) + 1
+
+    @property
+    def shares(self) -> int:
+        """Into how many shares the rows of each part are dealt, of which one counts for the layers' covariances."""
+        return number_of_shares(self._config, len(self.pass_rows) // self.parts) if self._whitens else 1
+
+    @property
+    def _whitens(self) -> bool:
+        """Whether a candidate needs covariances."""
+        return not WHITENED.isdisjoint(map(rule_of, self.directions))
 
     @property
     def _rank(self) -> int | None:
@@ -334,8 +341,8 @@ class OneStepTrainer(SavingTrainer):
     def settings_of_the_run(self) -> dict[str, Any]:
         """What the update and the report depend on, beside rows and model."""
         names = (
-            "fit_head", "head_folds", "body_folds", "slices", "seed", "bf16", "activation_checkpointing", "damping",
-            "rank", "step_size", "guard", "guard_confidence",
+            "fit_head", "head_folds", "body_folds", "covariance_rows", "slices", "seed", "bf16",
+            "activation_checkpointing", "damping", "rank", "step_size", "guard", "guard_confidence",
         )  # fmt: skip
         config = self._config
         return {
@@ -353,24 +360,6 @@ class OneStepTrainer(SavingTrainer):
     def _show_point(self, direction: str, step_size: float, loss: float) -> None:
         if self._progress is not None:
             self._progress.advance(f"{direction}: loss {loss:.4f} at {step_size:.3g}")
-
-    def _make_held_out(self) -> HeldOut | None:
-        if self.held_rows is None:
-            return None
-        order, positions = batched_by_length(listed(self.held_rows), self.args.eval_batch_size)
-        batches = self.get_test_dataloader(padded(select(self.held_rows, order), self.args.eval_batch_size))
-        # Batches are dealt out in turn; one of padding alone has no positions.
-        own = positions[processes.rank() :: processes.number()]
-        held = list(batches)
-        held_out = HeldOut(held, own + [[]] * (len(held) - len(own)), len(self.held_rows), self.task)
-        if self.fits_head():  # the same forward gives what the head is fitted to
-            held_out.features(self.bare_model, self.head_layer())
-        bad = (~torch.isfinite(held_out.losses(self.bare_model))).nonzero().flatten().tolist()
-        if bad:
-            content = by_content(listed(self.held_rows))
-            numbers = [self._split.held_numbers[content[i]] for i in bad]
-            raise ValueError(not_finite(float("nan"), self.named(numbers, self._split.held_name)))
-        return held_out
 
     # The report
 

@@ -68,12 +68,12 @@ def run(folder: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> OneS
 
 def test_a_pass_goes_through_one_part_after_the_other() -> None:
     rows = sorted(listed(tokenised([*ROWS, *ROWS[:20]])), key=lambda row: -len(row["input_ids"]))
-    parted = PartedRows(Dataset.from_list(rows), 2, 8)
+    parted = PartedRows(Dataset.from_list(rows), 2, 1, 8)
     assert len(parted) == 56 + 64 and len(rows) == 110
     places = [i for i in range(len(parted)) if parted[i]["labels"] != UNLABELLED]
     assert sorted(parted.row(i) for i in places) == list(range(110))
     parts = fold_of_each(rows, 2)
-    assert all(parted.part(i) == parts[parted.row(i)] for i in range(len(parted)))
+    assert all(parted.part(i) == (parts[parted.row(i)], True) for i in range(len(parted)))
     assert all(len({parted.part(i) for i in range(start, start + 8)}) == 1 for start in range(0, len(parted), 8))
     for start, end in ((0, 56), (56, 120)):
         lengths = [len(parted[i]["input_ids"]) for i in range(start, end)]
@@ -158,7 +158,7 @@ def test_a_body_moves_as_far_as_the_model_by_the_gradients_of_the_others(method:
     def after_pass(step: int) -> None:
         if step == 0:
             first = trainer.one_step.bodies.tensors()
-            half, rows = float(first["sums.0.items"]), len(trainer.train_dataset)
+            half, rows = float(first["sums.0.items"][0]), len(trainer.train_dataset)
             for name, record in trainer.one_step.statistics.items():
                 of_all = [
                     record.gradient.double() * rows, record.output_grad_covariance.double() * rows,

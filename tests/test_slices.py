@@ -9,10 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from onestep_peft import OneStepConfig, OneStepTrainer
 from onestep_peft.held_out import by_content, listed
-from onestep_peft.slices import SlicedRows, number_of_slices
+from onestep_peft.out_of_fold import fold_of_each
+from onestep_peft.slices import PartedRows, SlicedRows, number_of_slices
 from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 from onestep_peft.tasks.task import UNLABELLED
 from tests.conftest import (
@@ -67,7 +69,7 @@ def run(folder: Path, rows: list[dict[str, Any]], **options: Any) -> OneStepTrai
     torch.manual_seed(7)
     model = options.pop("model", None) or tiny_bert()
     trainer = trainer_for(
-        folder, rows, model=model, peft_config=LoraConfig(r=32, lora_alpha=32), **{**FIXED, **options}
+        folder, rows, model=model, **{"peft_config": LoraConfig(r=32, lora_alpha=32), **FIXED, **options}
     )
     trainer.train()
     return trainer
@@ -147,3 +149,91 @@ def test_a_run_tells_its_slices(tmp_path: Path) -> None:
 def test_more_slices_than_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`slices=100`, but the pass has \d+ rows"):
         trainer_for(tmp_path, ROWS, slices=100)
+
+
+# Shares: a sample of the rows gives the covariances
+
+
+def shared_out(parts: int, shares: int, batch_size: int = 8) -> PartedRows:
+    rows = sorted(listed(tokenised(ROWS)), key=lambda row: -len(row["input_ids"]))
+    return PartedRows(Dataset.from_list(rows), parts, shares, batch_size)
+
+
+@pytest.mark.parametrize(("parts", "shares"), [(1, 3), (2, 2), (2, 3), (3, 1)])
+def test_a_share_of_each_part_comes_first_and_counts_for_covariances(parts: int, shares: int) -> None:
+    rows = shared_out(parts, shares)
+    places = [i for i in range(len(rows)) if rows[i]["labels"] != UNLABELLED]
+    assert sorted(map(rows.row, places)) == list(range(len(ROWS)))
+    whole = listed(rows._rows)
+    folds = fold_of_each(whole, parts)
+    assert all(rows.part(i)[0] == folds[rows.row(i)] for i in range(len(rows)))
+    starts = range(0, len(rows), 8)
+    sections = [rows.part(start) for start in starts]
+    assert all({rows.part(i) for i in range(start, start + 8)} == {rows.part(start)} for start in starts)
+    assert sections == sorted(sections, key=lambda section: (section[0], not section[1]))
+    covered = [rows.row(i) for i in places if rows.part(i)[1]]
+    assert abs(len(covered) - len(ROWS) / shares) < parts
+    by_class = [sum(whole[row]["labels"] == label for row in covered) for label in (0, 1)]
+    of_all = [sum(row["labels"] == label for row in whole) for label in (0, 1)]
+    assert all(abs(some - every / shares) <= parts for some, every in zip(by_class, of_all, strict=True))
+
+
+class AfterPass(TrainerCallback):
+    """Keeps what a pass has left."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, torch.Tensor]] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        names = ("gradient", "input_covariance", "output_grad_covariance")
+        statistics = getattr(optimizer, "optimizer", optimizer).statistics
+        self.found = {
+            layer: {name: getattr(record, name).clone() for name in names} for layer, record in statistics.items()
+        }
+
+
+def left_by_a_pass(folder: Path, rows: list[dict[str, Any]], **options: Any) -> dict[str, dict[str, torch.Tensor]]:
+    watch = AfterPass()
+    run(folder, rows, fit_head=False, callbacks=[watch], **options)
+    return watch.found
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """To rounding; the gradient of a key's bias is nothing else."""
+    return float((one - other).norm()) < max(1e-4 * float(other.norm()), 1e-8)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_covariances_are_those_of_the_sample_and_the_gradient_that_of_all_rows(method: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {} if method == "lora" else {"method": "full", "peft_config": None}
+    found = left_by_a_pass(tmp_path / "found", ROWS, covariance_rows=30, **options)
+    every = left_by_a_pass(tmp_path / "every", ROWS, **options)
+    folds = fold_of_each(listed(tokenised(ROWS)), 2)
+    sample = [row for row, fold in zip(ROWS, folds.tolist(), strict=True) if fold == 0]
+    some = left_by_a_pass(tmp_path / "some", sample, **options)
+    whole = 0
+    for layer, record in found.items():
+        matrices = {name for name, one in record.items() if name != "gradient" and one.dim() == 2 and len(one) > 1}
+        whole += len(matrices)
+        for name, one in record.items():
+            oracle = some if name in matrices else every
+            assert alike(one, oracle[layer][name]), (layer, name)
+            if name in matrices:
+                assert relative_difference(one, every[layer][name]) > 1e-3
+    assert whole >= 2 * 12
+    finer = left_by_a_pass(tmp_path / "finer", ROWS, covariance_rows=30, per_device_train_batch_size=5, **options)
+    for layer, record in found.items():
+        assert all(alike(one, finer[layer][name]) for name, one in record.items())
+
+
+def test_few_rows_all_count_and_a_bad_number_is_refused(tmp_path: Path) -> None:
+    def trainer(**options: Any) -> OneStepTrainer:
+        return trainer_for(tmp_path, ROWS, **{"search_dataset": ROWS[:20], "direction": "kfac", **options})
+
+    assert trainer().shares == 1
+    assert [trainer(covariance_rows=number).shares for number in (36, 35, 20, 7)] == [1, 2, 3, 10]
+    assert trainer(covariance_rows=7, max_steps=2).shares == 5
+    assert trainer(covariance_rows=7, direction="sgd").shares == 1
+    assert trainer(covariance_rows=7, slices=2).shares == 1
+    with pytest.raises(ValueError, match="covariance_rows"):
+        trainer(covariance_rows=0)

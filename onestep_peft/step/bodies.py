@@ -104,7 +104,8 @@ class Bodies:
         """Notes, where a part begins, what the rows before it have summed up to.
 
         Args:
-            sums: Returns `items`, and by layer and name what its statistics and its gradient are so far.
+            sums: Returns `items` (all, and those that count for covariances), and by layer and name what its statistics
+                and its gradient are so far.
         """
         while len(self._closed) < min(part, self.parts - 1):
             self._closed.append(_copied(sums()))
@@ -124,13 +125,13 @@ class Bodies:
     def _evidence_of_others(self, evidence: Evidence, part: int) -> Evidence:
         """What a pass through the other parts alone would have left, for the layers."""
         sums, records = self._others(part), dict(evidence.statistics)
-        items = float(sums["items"])
+        items, covered = sums["items"].tolist()
         for layer in evidence.layers:
             record = records[layer.name]
             if isinstance(layer, Layer) and isinstance(record, LayerStatistics):
                 prefix = f"{layer.name}/"
                 own = {name.removeprefix(prefix): sums.pop(name) for name in list(sums) if name.startswith(prefix)}
-                records[layer.name] = record.of(own, items)
+                records[layer.name] = record.of(own, items, covered)
         return Evidence(evidence.layers, records, evidence.gradients, Snapshot(self._parameters))
 
     @torch.no_grad()

@@ -22,7 +22,10 @@ class RowGradients:
 
     Attributes:
         gradient: After `finish`: the mean over the items, `(n, d)`.
+        covers: Not used: what is known of the rows' gradients comes from all of them.
     """
+
+    covers = True
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self._tokens, self._width = shape
@@ -79,7 +82,7 @@ class RowGradients:
         assert self._gram is not None
         processes.sum_over([self._gram])
 
-    def finish(self, items: float) -> None:
+    def finish(self, items: float, covered: float | None = None) -> None:
         """Turns the sums into means over `items` rows (or labelled tokens)."""
         self.gradient /= items
         self._items = items

@@ -131,7 +131,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self._losses = held_out_losses
         self._progress = progress
         self.gradients = ParameterGradients(self._parameters)
-        self._items = 0.0
+        self._items = self._covered = 0.0
+        self._covers = True
         self.bodies = Bodies(self._parameters if body is None else body, settings.parts, lambda: self.state)
         self.goes_on = False
 
@@ -141,7 +142,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
 
     def begin_pass(self) -> None:
         """Empties the sums: a pass that was cut short leaves nothing behind."""
-        self._items = 0.0
+        self._items = self._covered = 0.0
+        self.cover(True)
         self.bodies.begin_pass()
         self.gradients.reset()
         for record in self.statistics.values():
@@ -153,9 +155,15 @@ class OneStepOptimizer(torch.optim.Optimizer):
             self.bodies.close_before(part, self._sums_of_layers)
         self.bodies.enter(part)
 
+    def cover(self, covers: bool) -> None:
+        """Before a micro-batch whose rows count for the layers' covariances, or do not."""
+        self._covers = covers
+        for record in self.statistics.values():
+            record.covers = covers
+
     def _sums_of_layers(self) -> dict[str, Tensor]:
-        """`items`, and by layer and name what its statistics and its gradient are so far."""
-        found = {"items": torch.tensor(self._items, device=self._parameters[0].device)}
+        """`items` (all, and those covered), and by layer and name what its statistics and its gradient are so far."""
+        found = {"items": torch.tensor([self._items, self._covered], device=self._parameters[0].device)}
         for layer in self.layers:
             if isinstance(layer, Layer):
                 total = self._gradient_in_place(layer)
@@ -173,10 +181,11 @@ class OneStepOptimizer(torch.optim.Optimizer):
     def count(self, items: float) -> None:
         """Adds the number of items (rows, or labelled tokens) of a micro-batch."""
         self._items += items
+        self._covered += items * self._covers
 
     def sums(self) -> dict[str, Tensor]:
         """All that a pass has summed up so far in this process, by name."""
-        named = {"items": torch.tensor(self._items, dtype=torch.float64)}
+        named = {"items": torch.tensor([self._items, self._covered], dtype=torch.float64)}
         named |= {f"gradient.{i}": total for i, total in self.gradients.sums().items()}
         for name, record in self.statistics.items():
             named |= {f"statistics.{name}.{key}": total for key, total in record.sums().items()}
@@ -184,7 +193,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
 
     def load_sums(self, named: Mapping[str, Tensor]) -> None:
         """Takes over what `sums` returned."""
-        self._items = float(named["items"])
+        self._items, self._covered = named["items"].tolist()
         self.gradients.load(below("gradient", named))
         for name, record in self.statistics.items():
             record.load(below(f"statistics.{name}", named))
@@ -200,7 +209,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self.bodies.leave()
         if self.goes_on:
             self.bodies.end_pass(self._sums_of_layers())
-        items = self._all_items()
+        items, covered = self._all_items()
         if items == 0:
             raise ValueError("The pass met no labelled item, so there is no gradient. Check the label column.")
         processes.sum_over(total for _, total in self.gradients.all())
@@ -208,7 +217,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         for layer in self.layers:
             record = self.statistics[layer.name]
             record.reduce()
-            record.finish(items)
+            record.finish(items, covered)
             total = self._gradient_in_place(layer) if isinstance(layer, Layer) else None
             if total is not None:
                 record.gradient = total
@@ -216,11 +225,12 @@ class OneStepOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"The gradient of {layer.name} is not finite, though the loss is. Try `bf16=False`.")
         return items
 
-    def _all_items(self) -> float:
+    def _all_items(self) -> tuple[float, float]:
+        """The items of all processes, and how many of them count for the covariances."""
         device = self._parameters[0].device if self._parameters else None
-        items = torch.tensor([self._items], device=device)
+        items = torch.tensor([self._items, self._covered], device=device)
         processes.sum_over([items])
-        return float(items)
+        return float(items[0]), float(items[1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

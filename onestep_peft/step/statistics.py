@@ -26,6 +26,7 @@ class Statistics(Protocol):
     """What a pass sums up for one layer."""
 
     gradient: Tensor
+    covers: bool
 
     def sums(self) -> dict[str, Tensor]: ...
 
@@ -37,7 +38,7 @@ class Statistics(Protocol):
 
     def reduce(self) -> None: ...
 
-    def finish(self, items: float) -> None: ...
+    def finish(self, items: float, covered: float | None = None) -> None: ...
 
     def is_noise(self) -> bool: ...
 
@@ -54,14 +55,18 @@ class LayerStatistics:
     Where only a diagonal or a trace is kept they have the shapes `(d,)` and `()`.
 
     N is the number of items (rows, or labelled tokens) whose losses were added up. Padding has δ = 0 and so
-    drops out by itself. With δ from the data's own labels S is the empirical Fisher's factor (Martens & Grosse,
-    "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015).
+    drops out by itself. While `covers` is off, rows add to G and to diagonals, but not to whole matrices A and S: these
+    are then means over the rows of which it was on. With δ from the data's own labels S is the empirical Fisher's
+    factor (Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015).
 
     Args:
         shape: `(d_out, d_in)`.
         input_factor: How A is kept. "diagonal" is for embeddings: their x is a token's number.
         output_factor: How S is kept.
         sums_gradient: Whether G is summed here, or is the gradient of a parameter that autograd sums.
+
+    Attributes:
+        covers: Whether what is added counts for whole matrices A and S.
     """
 
     def __init__(
@@ -79,7 +84,8 @@ class LayerStatistics:
         self.gradient = torch.zeros((d_out, d_in) if sums_gradient else (), device=device)
         self.input_covariance = torch.zeros(_shape(input_factor, d_in), device=device)
         self.output_grad_covariance = torch.zeros(_shape(output_factor, d_out), device=device)
-        self.tokens = torch.zeros((), device=device)
+        self.tokens, self.covered_tokens = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.covers = True
         self._tokens_per_item = 0.0
 
     def sums(self) -> dict[str, Tensor]:
@@ -88,6 +94,7 @@ class LayerStatistics:
             "input_covariance": self.input_covariance,
             "output_grad_covariance": self.output_grad_covariance,
             "tokens": self.tokens,
+            "covered_tokens": self.covered_tokens,
         }
         return {"gradient": self.gradient, **sums} if self._sums_gradient else sums
 
@@ -105,6 +112,11 @@ class LayerStatistics:
     def add(self, x: Tensor, delta: Tensor) -> None:
         """Adds one call of the layer: x `(..., d_in)` (token numbers `(...)` for an embedding) and δ `(..., d_out)`."""
         live = _live(delta)
+        self.tokens += live.sum()
+        if self.covers:
+            self.covered_tokens += live.sum()
+        elif not self._sums_gradient and {self._input_factor, self._output_factor} <= {"dense", "one"}:
+            return  # all that is left to add up is autograd's
         delta = delta.reshape(-1, delta.shape[-1]).float()  # (tokens, d_out)
         if self._input_factor == "diagonal":
             self.input_covariance.index_add_(0, x.reshape(-1), live.float())
@@ -116,35 +128,45 @@ class LayerStatistics:
                 x = x * live[:, None]
             if self._sums_gradient:
                 self.gradient.addmm_(delta.T, x)
-            _add_products(self.input_covariance, x)
-        _add_products(self.output_grad_covariance, delta)
-        self.tokens += live.sum()
+            if self._adds_to(self._input_factor):
+                _add_products(self.input_covariance, x)
+        if self._adds_to(self._output_factor):
+            _add_products(self.output_grad_covariance, delta)
+
+    def _adds_to(self, factor: Factor) -> bool:
+        return self.covers or factor != "dense"
 
     def reduce(self) -> None:
         """Adds up the sums of all processes."""
         processes.sum_over(self.sums().values())
 
-    def finish(self, items: float) -> None:
-        """Turns the sums into means over `items` rows (or labelled tokens)."""
+    def finish(self, items: float, covered: float | None = None) -> None:
+        """Turns the sums into means over `items` rows (or labelled tokens).
+
+        Args:
+            covered: How many of them whole matrices A and S are made of; None for all.
+        """
+        covered = items if covered is None else covered
         if self._sums_gradient:
             self.gradient /= items
         for covariance in (self.input_covariance, self.output_grad_covariance):
             _mirror(covariance)
-        self.output_grad_covariance /= items
+        self.output_grad_covariance /= covered if self._output_factor == "dense" else items
         if self._input_factor == "one":
             self.input_covariance.fill_(1.0)
         else:
-            self.input_covariance /= self.tokens.clamp_min(1)
+            tokens = self.covered_tokens if self._input_factor == "dense" else self.tokens
+            self.input_covariance /= tokens.clamp_min(1)
         self._tokens_per_item = float(self.tokens) / items
 
-    def of(self, sums: Mapping[str, Tensor], items: float) -> LayerStatistics:
+    def of(self, sums: Mapping[str, Tensor], items: float, covered: float) -> LayerStatistics:
         """What other sums come to: those of `sums`, with the gradient's among them in any case."""
         other = copy.copy(self)
         for name, total in sums.items():
             setattr(other, name, total)
         if not self._sums_gradient:
             other.gradient = other.gradient / items
-        other.finish(items)
+        other.finish(items, covered)
         return other
 
     def is_noise(self) -> bool:

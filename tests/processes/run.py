@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora, plain": {**ADAPTER, "direction": "sgd", "step_size": 0.1},
     "lora, sign": {**ADAPTER, "direction": "sign", "step_size": 0.001, "guard": False},
     "lora, two steps": {**ADAPTER, "max_steps": 2},
+    "lora, sampled": {**ADAPTER, "direction": "kfac", **FIXED, "covariance_rows": 20},
     "lora, slices": {**ADAPTER, "slices": 3, "direction": "kfac", **FIXED},
     "lora, tokens": {**ADAPTER, **TOKENS, "direction": "kfac", **FIXED},
     "lora, texts": {**ADAPTER, **TEXTS, "direction": "kfac", **FIXED},

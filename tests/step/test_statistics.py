@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,16 +51,21 @@ def layers_of(model: Tagger) -> list[Layer]:
     ]
 
 
-def one_pass(model: Tagger, x: Tensor, mask: Tensor, labels: Tensor, sizes: list[int]) -> dict[str, LayerStatistics]:
-    """A pass in micro-batches of these sizes, sums of losses, divided once."""
+def one_pass(
+    model: Tagger, x: Tensor, mask: Tensor, labels: Tensor, sizes: list[int], covered: list[bool] | None = None
+) -> dict[str, LayerStatistics]:
+    """A pass in micro-batches of these sizes, sums of losses, divided once; `covered` of them count for covariances."""
+    covered = covered or [True] * len(sizes)
     with observed(layers_of(model)) as statistics:
         start = 0
-        for size in sizes:
+        for size, covers in zip(sizes, covered, strict=True):
+            for record in statistics.values():
+                record.covers = covers
             part = slice(start, start + size)
             nn.functional.cross_entropy(model(x[part], mask[part]), labels[part], reduction="sum").backward()
             start += size
     for record in statistics.values():
-        record.finish(len(x))
+        record.finish(len(x), sum(size for size, covers in zip(sizes, covered, strict=True) if covers))
     return dict(statistics)
 
 
@@ -123,6 +130,38 @@ def test_micro_batches_leave_the_statistics_of_one_batch(sizes: list[int]) -> No
         for value in ("gradient", "input_covariance", "output_grad_covariance"):
             one, other = getattr(record, value), getattr(split[name], value)
             assert float((one - other).norm() / one.norm()) < 1e-5
+
+
+def test_matrices_are_means_over_the_covered_rows_and_the_gradient_is_of_all() -> None:
+    x, mask, labels = batch(10)
+    found = one_pass(Tagger(), x, mask, labels, [4, 3, 3], covered=[False, True, False])
+    all_of_them, some = Tagger(), Tagger()
+    deltas_and_inputs(all_of_them, x, mask, labels)
+    calls = deltas_and_inputs(some, x[4:7], mask[4:7], labels[4:7])
+    for name, record in found.items():
+        a, s, live = expected_covariances(calls[name], 3)
+        assert float(record.covered_tokens) == live and float(record.tokens) == 30
+        assert torch.allclose(
+            record.gradient.double(), getattr(all_of_them, name).weight.grad / 10, rtol=1e-4, atol=1e-7
+        )
+        assert torch.allclose(record.input_covariance.double(), a, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(record.output_grad_covariance.double(), s, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("output_factor", ["dense", "diagonal", "trace"])
+def test_a_diagonal_comes_from_all_rows(output_factor: Any) -> None:
+    # A rare token is in no sample, and what has no frequency would move as if it were the rarest of all.
+    tokens, delta = torch.tensor([[0, 1], [2, 1]]), torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
+    record = LayerStatistics((3, 4), torch.device("cpu"), "diagonal", output_factor, sums_gradient=False)
+    record.add(tokens[:1], delta[:1])
+    record.covers = False
+    record.add(tokens[1:], delta[1:])
+    record.finish(2, 1)
+    assert record.input_covariance.tolist() == [0.25, 0.5, 0.25, 0.0]
+    flat = (delta[:1] if output_factor == "dense" else delta / 2**0.5).reshape(-1, 3)
+    whole = flat.T @ flat
+    expected = {"dense": whole, "diagonal": whole.diagonal(), "trace": whole.trace()}[output_factor]
+    assert torch.allclose(record.output_grad_covariance, expected)
 
 
 def test_padding_may_hold_anything() -> None:
