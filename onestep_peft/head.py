@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from onestep_peft.tasks.task import UNLABELLED
 PENALTIES = tuple(10 ** (-i / 2) for i in range(0, 9))
 # Largest entry of the gradient at which L-BFGS stops: to compare penalties, and for the head that is kept.
 ROUGH, CONVERGED = 1e-4, 1e-7
+# Points at which held-out items are asked how far to go from one head to another, the first one left out.
+STRIDES = 20
 
 
 def fresh_modules(model: nn.Module) -> list[str]:
@@ -273,6 +276,35 @@ def refit(x: Tensor, labels: Tensor, start: HeadFit, task: Task = TEXT_CLASSIFIC
     return HeadFit(*problem.installed(solution), start.penalty, None)
 
 
+@torch.no_grad()
+def between(one: HeadFit, other: HeadFit, x: Tensor, labels: Tensor, task: Task = TEXT_CLASSIFICATION) -> HeadFit:
+    """The head on the way from one to another whose loss on held-out items is the lowest; a tie goes to the first.
+
+    Along the way the loss is convex, so that the mean of two heads is never worse than both.
+
+    Args:
+        x: `(items, d)`.
+        labels: `(items,)`, or `(items, outputs)`.
+    """
+    x, labels = _labelled(x, labels, task)
+
+    def mean_loss(head: HeadFit) -> float:
+        logits = x.double() @ head.weight.double().T + (head.bias.double() if head.bias is not None else 0.0)
+        return float(task.row_losses(logits, labels).mean())
+
+    mixed = [_mixed(one, other, i / STRIDES) for i in range(STRIDES + 1)]
+    losses = [mean_loss(head) for head in mixed]
+    best = min(range(len(mixed)), key=lambda i: (losses[i], i))
+    return dataclasses.replace(mixed[best], held_out_loss=losses[best])
+
+
+def _mixed(one: HeadFit, other: HeadFit, share: float) -> HeadFit:
+    weight = torch.lerp(one.weight.double(), other.weight.double(), share)
+    if one.bias is None or other.bias is None:
+        return HeadFit(weight, None, other.penalty, None)
+    return HeadFit(weight, torch.lerp(one.bias.double(), other.bias.double(), share), other.penalty, None)
+
+
 _Solution = tuple[Tensor, Tensor]  # weight `(outputs, d)` and offset `(outputs,)`, for standardised features
 
 
@@ -332,6 +364,12 @@ def _labelled(x: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     # A token is an item by itself here, so a task by tokens counts as one by rows.
     known = labels.ne(UNLABELLED) if task.by_token else task.row_items(labels) > 0
     return x[known], labels[known]
+
+
+def installed(layer: nn.Linear) -> HeadFit:
+    """The head that a layer holds."""
+    bias = layer.bias.detach().clone() if layer.bias is not None else None
+    return HeadFit(layer.weight.detach().clone(), bias, 0.0, None)
 
 
 @torch.no_grad()

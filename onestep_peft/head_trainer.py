@@ -14,6 +14,7 @@ from onestep_peft import head, out_of_fold
 from onestep_peft.callbacks import StepProgress
 from onestep_peft.config import OneStepConfig
 from onestep_peft.gradient import not_finite
+from onestep_peft.head import HeadFit
 from onestep_peft.held_out import HeldOut, Split, batched_by_length, by_content, listed, padded, select
 from onestep_peft.hub.sharing import SharingTrainer
 from onestep_peft.out_of_fold import FoldHeads
@@ -91,13 +92,15 @@ class HeadTrainer(SharingTrainer):
         """Whether a step is still to come."""
         return self.state.global_step < self.state.max_steps
 
-    def fit_head(self, *, install: bool = True) -> None:
+    def fit_head(self, *, install: bool = True, since: HeadFit | None = None) -> None:
         """Fits the head to the rows of the pass, or a sample of their tokens, and installs it.
 
         The next pass, if there is one, takes its residuals from heads that are fitted to all folds of the rows but one.
 
         Args:
             install: False for the heads of the folds alone.
+            since: The head that was there before: held-out rows choose how far to go from it to the new one. None for
+                all the way.
 
         Raises:
             ValueError: A feature that is not finite, with the rows it comes from.
@@ -109,7 +112,7 @@ class HeadTrainer(SharingTrainer):
             alone = self.accelerator.num_processes == 1
             named = self.named([self.pass_rows[numbers[i]] for i in bad], "train_dataset") if alone else "some rows"
             raise ValueError(not_finite(float("nan"), named))
-        held = None
+        held: tuple[Tensor, Tensor] | None = None
         if self.held_out is not None:
             held_features = self.held_out.features(self.bare_model, layer).gathered()
             held = held_features.x, held_features.labels
@@ -119,7 +122,8 @@ class HeadTrainer(SharingTrainer):
             task=self.task,
         )  # fmt: skip
         if install:
-            head.install(layer, fitted)
+            there = head.between(since, fitted, *held, self.task) if since is not None and held is not None else fitted
+            head.install(layer, there)
             processes.broadcast(layer.parameters())
         if self.held_out is not None:
             self.held_out.settle(self.bare_model, layer)
@@ -208,11 +212,15 @@ class HeadTrainer(SharingTrainer):
             self.fit_head(install=False)
 
     def refit_head(self, outcome: StepOutcome) -> None:
-        """Fits the head once more, to the features that the step has moved; kept only where held-out rows gain."""
+        """Fits the head once more, to the features that the step has moved.
+
+        The step knows the rows that the head is fitted to, and what fits them best is not always best elsewhere: it
+        goes to the new head as far as helps held-out rows.
+        """
         layer = self.head_layer()
         before = Snapshot(layer.parameters())
         try:
-            self.fit_head()
+            self.fit_head(since=head.installed(layer))
             loss = float(self.held_out_losses().mean())
         except BaseException:  # out of memory, say, and Trainer goes on with smaller batches
             before.restore()
