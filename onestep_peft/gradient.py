@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onestep_peft.config import OneStepConfig
 from onestep_peft.held_out import padded
+from onestep_peft.methods import Method
 from onestep_peft.rows import Tokeniser
 from onestep_peft.slices import PartedRows, SlicedRows
 from onestep_peft.step import processes
@@ -39,6 +40,8 @@ class ExactGradientTrainer(Trainer):
     tokenise: Tokeniser
     pass_rows: list[int]
     pass_seconds = 0.0
+    _method: Method
+    _rests = False
     _cursor = 0
     _loss_sum = torch.zeros(())
     _sliced: SlicedRows | None = None
@@ -78,6 +81,7 @@ class ExactGradientTrainer(Trainer):
         """Before the first micro-batch of a step."""
         self.one_step.begin_pass()
         self.one_step.goes_on = self.parts > 1 and self.state.global_step + 1 < self.state.max_steps
+        self._rests = self.adapter_rests
         self.forget_cursor()
         self._loss_sum = torch.zeros((), device=self.args.device)
         self._pass_began = time.perf_counter()
@@ -115,10 +119,21 @@ class ExactGradientTrainer(Trainer):
             part, covers = self._sliced.part(processes.dealt(self._cursor, self._train_batch_size))
             self.one_step.enter_part(part)
             self.one_step.cover(covers)
-        with self.accelerator.no_sync(model):  # the sums of all processes are added up once, at the end
+        # The sums of all processes are added up once, at the end.
+        with self.accelerator.no_sync(model), self.without_idle_adapter():
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss_sum = self._loss_sum + loss
         return self.end_micro_batch()
+
+    @property
+    def adapter_rests(self) -> bool:
+        """Whether the adapter adds nothing to any output, and its own gradient is not asked for."""
+        return False
+
+    def without_idle_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """While open, the model does without an adapter that rested when this was last asked."""
+        model = self.accelerator.unwrap_model(cast(nn.Module, self.model))
+        return self._method.set_aside(model) if self._rests else contextlib.nullcontext()
 
     def end_micro_batch(self) -> Tensor:
         """Zero, and after the last micro-batch the mean loss of the pass."""

@@ -235,7 +235,9 @@ class OneStepTrainer(SavingTrainer):
             self.count_steps(len(self.one_step.outcomes))
             return
         self._before = Snapshot(self.trainable())
-        self.held_out = self.make_held_out()
+        self._rests = self.adapter_rests
+        with self.without_idle_adapter():
+            self.held_out = self.make_held_out()
         self.check_target()
         self._head_done = True
         if self.resume_run(self.bare_model, self.adapted.fresh):
@@ -246,7 +248,7 @@ class OneStepTrainer(SavingTrainer):
             return
         self.measure("base")
         if self.fits_head():
-            with self.clock("head"):
+            with self.clock("head"), self.without_idle_adapter():
                 self.fit_head()
             self.measure("head")
 
@@ -309,6 +311,12 @@ class OneStepTrainer(SavingTrainer):
     def shares(self) -> int:
         """Into how many shares the rows of each part are dealt, of which one counts for the layers' covariances."""
         return number_of_shares(self._config, len(self.pass_rows) // self.parts) if self._whitens else 1
+
+    @property
+    def adapter_rests(self) -> bool:
+        """Whether the adapter is zero and no candidate needs its own gradient. FSDP wants to see every parameter."""
+        plain = not PARAMETER_DIRECTIONS.keys().isdisjoint(self.directions)
+        return not plain and not self.is_fsdp_enabled and self._method.is_idle(self.bare_model)
 
     @property
     def _whitens(self) -> bool:
@@ -386,4 +394,7 @@ class OneStepTrainer(SavingTrainer):
         if "learning_rate" in logs and self.optimizer is not None and self.one_step.outcomes:
             logs = {key: value for key, value in logs.items() if key != "learning_rate"}
             logs["step_size"] = self.one_step.outcomes[-1].step_size
+        if "grad_norm" in logs and self.optimizer is not None and self.one_step.gradient_norm is not None:
+            # Trainer's is that of the adapter's parameters, which says more of how it was drawn than of the rows.
+            logs = {**logs, "grad_norm": self.one_step.gradient_norm}
         super().log(logs, start_time)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from peft import LoraConfig, PeftModel, PromptTuningConfig
@@ -37,6 +38,12 @@ class Method(Protocol):
 
     def wrap(self, model: Any, config: Any, head: Sequence[str], revision: str | None, task_type: str) -> nn.Module:
         """Puts the adapter on a model; `head` names the modules that no checkpoint filled."""
+
+    def is_idle(self, model: Any) -> bool:
+        """Whether an adapter is there that adds nothing yet, so that `set_aside` changes no output."""
+
+    def set_aside(self, model: Any) -> AbstractContextManager[None]:
+        """While open, the base answers alone; its layers' outputs have gradients all the same."""
 
     def layers(self, model: Any, left_out: str | None) -> Sequence[Layer | Prompt]:
         """What moves, without the layer `left_out`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +52,16 @@ def wrap(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("Every parameter of the model is frozen. Set `requires_grad_(True)` on those that may move.")
     return model
+
+
+def is_idle(model: PreTrainedModel) -> bool:
+    """No: there is no adapter that could be."""
+    return False
+
+
+def set_aside(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """There is no adapter to set aside."""
+    return nullcontext()
 
 
 def layers(model: PreTrainedModel, left_out: str | None = None) -> list[Layer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from onestep_peft.errors import nearest
 from onestep_peft.methods.linear import linear_names
 from onestep_peft.methods.saved import modules_to_save
 from onestep_peft.step.layers import Layer, LowRank
+from onestep_peft.wrapping import base_of
 
 name = "lora"
 directions = ("sgd", "sign", "muon", "lora_one", "kfac", "kfac_muon", "kfac_schatten")
@@ -125,6 +127,41 @@ def layers(model: PeftModel, left_out: str | None = None) -> list[Layer]:
     """
     adapter = str(model.active_adapter)
     return [_layer(module_name, module, adapter) for module_name, module in _adapted(model, adapter)]
+
+
+def is_idle(model: PeftModel) -> bool:
+    """Whether every adapter is zero, so that it adds nothing to any output."""
+    factors = [_factors(module, str(model.active_adapter)) for _, module in _adapted(model, str(model.active_adapter))]
+    return not any(bool(up.any()) and bool(down.any()) for down, up in factors)
+
+
+@contextlib.contextmanager
+def set_aside(model: PeftModel) -> Iterator[None]:
+    """While open, the base answers without the adapter: where that is zero, the same outputs for a fifth less work.
+
+    Gradients reach the layers' outputs all the same, from the embedded input on, as transformers'
+    `enable_input_require_grads` has it; the adapter's own parameters get none.
+    """
+    modules = [module for _, module in _adapted(model, str(model.active_adapter))]
+    wanted = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+
+    def enable(enabled: bool) -> None:
+        for module in modules:
+            module.enable_adapters(enabled)
+        for parameter, requires_grad in wanted:  # who asks what is trainable gets the same answer
+            parameter.requires_grad_(requires_grad)
+
+    def begin_graph(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.requires_grad_()
+
+    handle = base_of(model).get_input_embeddings().register_forward_hook(begin_graph)
+    enable(False)
+    try:
+        yield
+    finally:
+        enable(True)
+        handle.remove()
 
 
 def _adapted(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLinear]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -130,6 +131,16 @@ def _without_prompt(_model: nn.Module, args: tuple[Any, ...], inputs: dict[str, 
     if ids is not None and isinstance(output, ModelOutput):
         output["logits"] = output["logits"][:, -ids.shape[1] :]
     return output
+
+
+def is_idle(model: PeftModel) -> bool:
+    """No: virtual tokens are always read."""
+    return False
+
+
+def set_aside(model: PeftModel) -> AbstractContextManager[None]:
+    """Virtual tokens are always read."""
+    return nullcontext()
 
 
 def layers(model: PeftModel, left_out: str | None = None) -> list[Prompt]:

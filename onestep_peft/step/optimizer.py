@@ -108,6 +108,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
     Attributes:
         bodies: Those of the parts.
         goes_on: Whether another pass over the same rows follows the step.
+        gradient_norm: Of the last pass' mean gradient, over all layers whose update is a product; None without such.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self._covers = True
         self.bodies = Bodies(self._parameters if body is None else body, settings.parts, lambda: self.state)
         self.goes_on = False
+        self.gradient_norm: float | None = None
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -214,6 +216,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
             raise ValueError("The pass met no labelled item, so there is no gradient. Check the label column.")
         processes.sum_over(total for _, total in self.gradients.all())
         self.gradients.divide(items)
+        squares = []
         for layer in self.layers:
             record = self.statistics[layer.name]
             record.reduce()
@@ -221,8 +224,11 @@ class OneStepOptimizer(torch.optim.Optimizer):
             total = self._gradient_in_place(layer) if isinstance(layer, Layer) else None
             if total is not None:
                 record.gradient = total
+            elif isinstance(layer, Layer):
+                squares.append(float(record.gradient.square().sum()))
             if not torch.isfinite(record.gradient).all():
                 raise ValueError(f"The gradient of {layer.name} is not finite, though the loss is. Try `bf16=False`.")
+        self.gradient_norm = math.sqrt(sum(squares)) if squares else None
         return items
 
     def _all_items(self) -> tuple[float, float]:

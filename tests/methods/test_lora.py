@@ -10,9 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
+from onestep_peft import OneStepTrainer
 from onestep_peft.methods import lora
 from onestep_peft.step.candidates import Candidate, ProductRay
 from onestep_peft.step.layers import LowRank
+from onestep_peft.step.statistics import observed
 from tests.conftest import (
     assert_same_bits,
     bits,
@@ -254,3 +256,105 @@ def test_an_adapter_for_another_task_is_refused(tmp_path: Path) -> None:
     for model, given in ((tiny_bert(), config), (PeftModel(tiny_bert(), config), None)):
         with pytest.raises(ValueError, match=r"`task_type=CAUSAL_LM`.*SEQ_CLS.*Leave `task_type` out"):
             trainer_for(tmp_path, toy_rows(60, 1), model=model, peft_config=given)
+
+
+# An adapter that is zero is set aside in the pass
+
+
+def test_an_adapter_set_aside_leaves_outputs_and_statistics_as_they_are() -> None:
+    model = wrapped(r=4, lora_alpha=8).eval()
+    assert lora.is_idle(model)
+    ids = torch.randint(5, 100, (6, 9), generator=torch.Generator().manual_seed(0))
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def passed() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with observed(lora.layers(model)) as statistics:
+            logits = model(input_ids=ids).logits
+            logits.square().sum().backward()
+        return logits.detach(), {
+            f"{name}/{key}": total for name, record in statistics.items() for key, total in record.sums().items()
+        }
+
+    logits, expected = passed()
+    model.zero_grad()
+    with lora.set_aside(model):
+        again, found = passed()
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+        with torch.no_grad():
+            assert not model(input_ids=ids).logits.requires_grad
+    assert torch.equal(again, logits)
+    assert found.keys() == expected.keys() and len(found) == 5 * 13
+    for name, total in found.items():
+        assert relative_difference(total, expected[name]) < 1e-5, name
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "lora_" in name)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+    model(input_ids=ids).logits.sum().backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+def test_an_adapter_set_aside_comes_back_after_an_error() -> None:
+    model = wrapped(r=4, lora_alpha=8).eval()
+    lora.layers(model)[0].write(LowRank(torch.ones(32, 1), torch.ones(1, 32)))
+    assert not lora.is_idle(model)
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids).logits
+    with pytest.raises(RuntimeError, match="in between"), lora.set_aside(model):
+        assert not torch.equal(model(input_ids=ids).logits, before)
+        raise RuntimeError("in between")
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_run_makes_the_same_step_as_one_that_never_sets_the_adapter_aside(
+    checkpointed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = toy_rows(60, seed=1)
+    found: list[OneStepTrainer] = []
+    for folder in ("aside", "never"):
+        torch.manual_seed(7)
+        trainer = trainer_for(
+            tmp_path / folder, rows, model=tiny_bert(), search_dataset=toy_rows(40, seed=2), max_steps=2,
+            activation_checkpointing=checkpointed, guard=False,
+        )  # fmt: skip
+        assert trainer.adapter_rests
+        if folder == "never":
+            monkeypatch.setattr(OneStepTrainer, "adapter_rests", False)
+        trainer.train()
+        assert not trainer.adapter_rests  # by now it has moved
+        found.append(trainer)
+    one, other = found
+    assert len(one.report.steps) == 2
+    for name, update in updates(one.model).items():
+        assert relative_difference(update, updates(other.model)[name]) < 1e-3, name
+    norms = [[log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log] for trainer in found]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0][0] > 0
+
+
+def test_the_logged_norm_is_that_of_the_gradient_of_the_adapted_weights(tmp_path: Path) -> None:
+    rows = toy_rows(40, seed=1)
+    trainer = trainer_for(tmp_path, rows, model=tiny_bert(), search_dataset=toy_rows(40, seed=2), fit_head=False)
+    model = trainer.model.eval()
+    weights = [module.base_layer.weight for module in model.modules() if hasattr(module, "lora_A")]
+    for weight in weights:
+        weight.requires_grad_()
+    for row in trainer.train_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        torch.nn.functional.cross_entropy(logits, torch.tensor([row["labels"]])).backward()
+    norm = sum(float((weight.grad / len(rows)).square().sum()) for weight in weights) ** 0.5
+    for weight in weights:
+        weight.requires_grad_(False)
+    model.zero_grad()
+    trainer.train()
+    (logged,) = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    assert logged == pytest.approx(norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"direction": "sgd"}, {"direction": ["kfac", "sign"]}, {"init": False}, {"method": "full"}]
+)
+def test_an_adapter_whose_gradient_or_output_counts_is_not_set_aside(options: dict[str, Any], tmp_path: Path) -> None:
+    init, rows = options.pop("init", True), toy_rows(60, seed=1)
+    peft_config = None if "method" in options else LoraConfig(r=4, init_lora_weights=init)
+    trainer = trainer_for(tmp_path, rows, model=tiny_bert(), peft_config=peft_config, **options)
+    assert not trainer.adapter_rests
