@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 
@@ -79,11 +81,19 @@ def _state(model: nn.Module, but: nn.Module | None = None) -> list[tuple[int, in
     return [(one.data_ptr(), one._version) for one in model.parameters() if one not in left_out]
 
 
+def _values(model: nn.Module) -> Tensor:
+    """Sum and norm of each trainable parameter, this process' part of it: the same where nothing has another value."""
+    local = [one.to_local() if isinstance(one, DTensor) else one for one in model.parameters() if one.requires_grad]
+    sums = [part for one in local for part in (one.sum(dtype=torch.float64), one.norm(dtype=torch.float64))]
+    return torch.stack([part.to(sums[0].device) for part in sums]).cpu() if sums else torch.zeros(0)
+
+
 class HeldOut:
     """Held-out rows, collated once. Several processes share them out, and all of them know every row's loss.
 
     As long as no parameter changes, losses and features that are known are not computed again. What is written through
-    `.data` does not show.
+    `.data` does not show. Of all that the rows have seen since `settle`, what is known where their mean loss was the
+    lowest is kept: the search goes back there, and the head is fitted there.
 
     Args:
         batches: This process' batches on the model's device, `labels` among their fields.
@@ -100,6 +110,8 @@ class HeldOut:
         self._positions = [torch.tensor(batch, dtype=torch.long) for batch in positions]
         self._task = task
         self._known: _Known | None = None
+        self._best: tuple[Tensor, _Known] | None = None
+        self._layer: nn.Linear | None = None
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> Tensor:
@@ -110,9 +122,18 @@ class HeldOut:
         """
         known = self._known
         if known is None or not processes.all_say(known.state == _state(model)):
-            known = _Known(_state(model), self._by_content(self._own_losses(model)))
-            self._known = known
+            self._known = known = self._seen(model)
         return known.losses
+
+    def _seen(self, model: nn.Module) -> _Known:
+        """By a forward, with the features where a head is to be fitted to them if it ends here."""
+        if self._layer is None:
+            return _Known(_state(model), self._by_content(self._own_losses(model)))
+        known = self._looked_at(model, self._layer)
+        mean = float(known.losses.mean())
+        if math.isfinite(mean) and (self._best is None or mean < float(self._best[1].losses.mean())):
+            self._best = _values(model), known
+        return known
 
     @torch.no_grad()
     def features(self, model: nn.Module, layer: nn.Linear) -> Features:
@@ -122,14 +143,23 @@ class HeldOut:
         """
         known = self._known
         if known is None or known.features is None or not processes.all_say(known.state == _state(model)):
-            self._known = known = self._looked_at(model, layer)
+            self._known = known = self._seen_before(model, layer) or self._looked_at(model, layer)
         assert known.features is not None
         return known.features
+
+    def _seen_before(self, model: nn.Module, layer: nn.Linear) -> _Known | None:
+        """What is known where the loss was the lowest, if the model is there again."""
+        there = self._best is not None and torch.equal(self._best[0], _values(model))
+        if not processes.all_say(there) or self._best is None:
+            return None
+        known = self._best[1]
+        return replace(known, state=_state(model), body=_state(model, layer) if known.body is not None else None)
 
     @torch.no_grad()
     def settle(self, model: nn.Module, layer: nn.Linear) -> None:
         """Takes the losses at the head's last layer as it is now from the features, and lets these go."""
-        known, self._known = self._known, None
+        known, self._known, self._best = self._known, None, None
+        self._layer = None if self._task.by_token else layer  # of tokens there may be more than memory has room for
         if known is None or known.features is None:
             return
         if processes.all_say(known.body == _state(model, layer)):

@@ -59,5 +59,5 @@ def forwards(report: Any) -> int:
     for step in report.steps:
         searches = [*step["candidates"], *step.get("parts", ())]
         total += 3 * rows + held * sum(len(search["points"]) - 1 for search in searches)  # zero is known
-        total += rows + held if step["accepted"] else 0  # the head once more
+        total += rows if step["accepted"] else 0  # the head once more; the held-out rows are known there
     return total
