@@ -1,9 +1,9 @@
-"""How far to go: a bracket by a constant factor, one parabola, and the best point that was evaluated."""
+"""How far to go: a few factors, one parabola, and the best point that was evaluated."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 FACTOR = 1.6
@@ -11,6 +11,8 @@ FACTOR = 1.6
 EVALUATIONS = 12
 # And of the search for a further part of what moves, which starts from where the first part's ended.
 PART_EVALUATIONS = EVALUATIONS // 2
+# A parabola's minimum that is as near to a known point, in the logarithm, is not looked at: the loss is flat there.
+NEAR = 0.1
 # So many are made before a search can be given up.
 LOOKS = 2
 # Forwards of single rows that several searches may take in any case: seconds for a small model.
@@ -60,9 +62,10 @@ def search_step_size(
     """Finds a step size that lowers `loss`.
 
     From `start` the step grows by a factor of 1.6 while the best point is the largest one, and shrinks while it is
-    the smallest (by the factor's square while nothing has helped yet). A parabola through the best point and its
-    neighbours, in the logarithm of the step size, gives one more point. The end is the best point evaluated, zero
-    included, so the result is never worse than standing still on the rows that `loss` reads.
+    the smallest (by the factor's square while nothing has helped yet), unless a parabola has its minimum nearer. That
+    goes through the loss at zero, the best point and its neighbour, and where the best has neighbours on both sides
+    through these three; its minimum is the last point looked at. The end is the best point evaluated, zero included,
+    so the result is never worse than standing still on the rows that `loss` reads.
 
     Args:
         loss: Mean loss of the search rows at a step size; may return infinity or NaN.
@@ -77,40 +80,50 @@ def search_step_size(
         result.points.append((step_size, loss(step_size)))
 
     look(start)
-    while len(result.points) < budget:
+    while len(result.points) <= budget:
         if len(result.points) > LOOKS and hopeless():
             return result
-        tried = [step_size for step_size, _ in result.points[1:]]
-        best = result.best[0]
-        if best == max(tried):
-            look(best * FACTOR)
-        elif best == min(tried):
-            look(best / FACTOR)
-        elif best == 0.0:
-            look(min(tried) / FACTOR**2)
-        else:
-            break
-    vertex = _vertex(result)
-    if vertex is not None and len(result.points) <= budget:
-        look(vertex)
+        next_one, last = _next(result)
+        if next_one is not None:
+            look(next_one)
+        if last:
+            return result
     return result
 
 
-def _vertex(result: SearchResult) -> float | None:
-    """Where the parabola in log(step size) through the best point and its two neighbours has its minimum."""
-    points = sorted(point for point in result.points if point[0] > 0)
-    best = result.best[0]
-    index = next((i for i, point in enumerate(points) if point[0] == best), None)
-    if index is None or not 0 < index < len(points) - 1:
-        return None
-    (x0, y0), (x1, y1), (x2, y2) = ((math.log(s), loss) for s, loss in points[index - 1 : index + 2])
-    if not math.isfinite(y0 + y2):
-        return None
+def _next(result: SearchResult) -> tuple[float | None, bool]:
+    """Where to look next, if anywhere, and whether that is the end."""
+    (_, at_zero), *points = result.points
+    points, best = sorted(points), result.best[0]
+    smallest, largest = points[0][0], points[-1][0]
+    if best == 0.0:
+        return smallest / FACTOR**2, False
+    if len(points) == 1:
+        return best * FACTOR, False
+    i = next(i for i, (step_size, _) in enumerate(points) if step_size == best)
+    inside = 0 < i < len(points) - 1
+    around = points[i - 1 : i + 2] if inside else [(0.0, at_zero), *points[min(i, len(points) - 2) :][:2]]
+    vertex = _vertex(around)
+    if best == largest and not vertex <= best * FACTOR:
+        return best * FACTOR, False
+    if best == smallest and not vertex >= best / FACTOR:
+        return best / FACTOR, False
+    known = not math.isfinite(vertex) or any(abs(math.log(vertex / step_size)) < NEAR for step_size, _ in points)
+    return None if known else vertex, True
+
+
+def _vertex(points: Sequence[tuple[float, float]]) -> float:
+    """Where the parabola through three points has its minimum; infinity where it has none, NaN where one is not finite.
+
+    In the logarithm of the step size, or, where the first point is zero, in the step size itself.
+    """
+    straight = points[0][0] == 0.0
+    (x0, y0), (x1, y1), (x2, y2) = ((s if straight else math.log(s), loss) for s, loss in points)
     slope_left, slope_right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     curvature = (slope_right - slope_left) / (x2 - x0)
+    if math.isnan(curvature) or math.isinf(curvature):
+        return math.nan
     if curvature <= 0:
-        return None
+        return math.inf
     vertex = (x0 + x1) / 2 - slope_left / (2 * curvature)
-    if abs(vertex - x1) < 0.02 or not x0 < vertex < x2:  # within 2 % of a point that is known already
-        return None
-    return math.exp(vertex)
+    return vertex if straight else math.exp(vertex)

@@ -76,14 +76,35 @@ def test_all_losses_not_finite_is_standing_still(bad: float) -> None:
     assert search_step_size(lambda _: bad, 1.0, loss_at_zero=0.5).best == (0.0, 0.5)
 
 
-def test_the_last_point_is_the_vertex_of_the_parabola_in_the_logarithm() -> None:
-    # In log(step size) this is a parabola with its minimum at e^0.3, which no power of the factor from 1 hits.
-    target = math.exp(0.3)
-    loss, asked = counted(lambda step_size: (math.log(step_size) - 0.3) ** 2)
-    result = search_step_size(loss, 1.0, loss_at_zero=1.0)
+def test_between_two_others_the_last_point_is_the_vertex_of_the_parabola_in_the_logarithm() -> None:
+    # In log(step size) this is a parabola with its minimum at e^0.7; its first points and zero are concave.
+    loss, asked = counted(lambda step_size: (math.log(step_size) - 0.7) ** 2)
+    result = search_step_size(loss, 1.0, loss_at_zero=1.2)
     assert asked[:-1] == pytest.approx([1.0, FACTOR, FACTOR**2])
-    assert asked[-1] == pytest.approx(target, rel=1e-9)
-    assert result.best[0] == pytest.approx(target, rel=1e-9)
+    assert asked[-1] == pytest.approx(math.exp(0.7), rel=1e-9)
+    assert result.best[0] == pytest.approx(math.exp(0.7), rel=1e-9)
+
+
+@pytest.mark.parametrize("start", [0.5, 0.7, 0.8, 1.3, 1.55])
+def test_of_a_parabola_three_points_are_enough(start: float) -> None:
+    loss, asked = counted(bowl)
+    result = search_step_size(loss, start, loss_at_zero=2.0)
+    assert asked[:2] == pytest.approx([start, start * FACTOR])
+    assert len(asked) == 3
+    assert result.best == pytest.approx((1.0, 1.0), rel=1e-9)
+
+
+def test_a_minimum_next_to_a_known_point_is_not_looked_at() -> None:
+    loss, asked = counted(bowl)
+    assert search_step_size(loss, 0.95, loss_at_zero=2.0).best[0] == 0.95
+    assert asked == [0.95, 0.95 * FACTOR]
+
+
+def test_a_search_goes_on_where_a_parabola_has_no_minimum() -> None:
+    # Concave up to 4: the first two points and zero say nothing of where it ends.
+    loss, asked = counted(lambda step_size: 2 - step_size**2 / 16 if step_size < 4 else 1 + (step_size - 4) ** 2)
+    result = search_step_size(loss, 0.5, loss_at_zero=2.0)
+    assert result.best[0] == pytest.approx(4.0, rel=0.2)
 
 
 def test_a_tie_goes_to_the_smaller_step() -> None:
