@@ -50,8 +50,9 @@ class WhitenedGradient:
     directions: L = S^½ Q with Q orthogonal, and Q cancels on the way back. So no eigendecomposition is needed.
 
     Args:
-        output_root: L_S, `(d_out, d_out)`, lower triangular; `(d_out,)` for a diagonal; None for the identity.
-        input_root: L_A, `(d_in, d_in)`, lower triangular; `(d_in,)` for a diagonal; None for the identity.
+        output_root: L_S, `(d_out, d_out)`, lower triangular; `(blocks, d, d)`, d = d_out / blocks, for blocks on the
+            diagonal; `(d_out,)` for a diagonal; None for the identity.
+        input_root: L_A in the same way, of d_in.
         white: L_S⁻¹ G L_A⁻ᵀ, `(d_out, d_in)`, float64.
     """
 
@@ -98,21 +99,30 @@ def _solve(root: Tensor | None, right: Tensor) -> Tensor:
     """L⁻¹ right."""
     if root is None:
         return right
-    return right / root[:, None] if root.dim() == 1 else torch.linalg.solve_triangular(root, right, upper=False)
+    return right / root[:, None] if root.dim() == 1 else _solve_blocks(root, right, upper=False)
 
 
 def _solve_transposed(root: Tensor | None, right: Tensor) -> Tensor:
     """L⁻ᵀ right."""
     if root is None or root.dim() == 1:
         return _solve(root, right)
-    return torch.linalg.solve_triangular(root.T, right, upper=True)
+    return _solve_blocks(root.mT, right, upper=True)
+
+
+def _solve_blocks(triangular: Tensor, right: Tensor, *, upper: bool) -> Tensor:
+    """The same for a whole triangular matrix, or for blocks of one, `(blocks, d, d)`."""
+    if triangular.dim() == 2:
+        return torch.linalg.solve_triangular(triangular, right, upper=upper)
+    by_block = right.unflatten(0, triangular.shape[:-1])
+    return torch.linalg.solve_triangular(triangular, by_block, upper=upper).flatten(0, 1)
 
 
 def damped_root(covariance: Tensor, damping: float, size: int = 1) -> Tensor:
-    """Cholesky factor of `covariance + damping · (its mean eigenvalue) · I`, in float64, `(d, d)`.
+    """Cholesky factor of `covariance + damping · (its mean eigenvalue) · I`, in float64, of the covariance's shape.
 
-    Where rounding leaves the matrix indefinite the damping is raised tenfold, at most six times. A diagonal, `(d,)`,
-    has the root of its entries; so has a trace, `()`, that stands for a multiple of the identity.
+    Where rounding leaves the matrix indefinite the damping is raised tenfold, at most six times. Blocks on the
+    diagonal, `(blocks, d, d)`, are damped alike. A diagonal, `(d,)`, has the root of its entries; so has a trace, `()`,
+    that stands for a multiple of the identity.
 
     Args:
         size: d, where only the trace is known.
@@ -120,22 +130,22 @@ def damped_root(covariance: Tensor, damping: float, size: int = 1) -> Tensor:
     matrix = covariance.to(torch.float64, copy=True)
     if matrix.dim() == 0:
         matrix = (matrix / size).expand(size)
-    d = matrix.shape[0]
     if matrix.dim() == 1:
         return (matrix + damping * matrix.mean()).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    mean_eigenvalue = matrix.trace() / d
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    mean_eigenvalue = diagonal.mean()
     added = torch.zeros_like(mean_eigenvalue)
     for _ in range(6):
         # In place: another d x d matrix or two would take longer to fill than a third of the factorisation.
-        matrix.diagonal().add_(damping * mean_eigenvalue - added)
+        diagonal.add_(damping * mean_eigenvalue - added)
         added = damping * mean_eigenvalue
         root, failed = torch.linalg.cholesky_ex(matrix)
-        if not failed and bool(mean_eigenvalue.isfinite()):
+        if not failed.any() and bool(mean_eigenvalue.isfinite()):
             return root
         damping = max(damping * 10, 1e-8)
     raise ValueError(
-        f"A layer's covariance ({d} x {d}) has no Cholesky factor even with damping {damping:g}: its entries are "
-        "not finite, or the rows give no gradient. Check the rows, or raise `damping`."
+        f"A layer's covariance ({' x '.join(map(str, matrix.shape))}) has no Cholesky factor even with damping "
+        f"{damping:g}: its entries are not finite, or the rows give no gradient. Check the rows, or raise `damping`."
     )
 
 

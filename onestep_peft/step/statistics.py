@@ -20,6 +20,8 @@ NOISE_FLOOR = 1e-6
 DEAD_SHARE = 1e-6
 # A covariance is symmetric: it is summed in columns of blocks of this size, from the diagonal down.
 TRIANGLE_BLOCK = 256
+# No covariance is cut into blocks that are smaller.
+BLOCK_MIN = 384
 
 
 class Statistics(Protocol):
@@ -52,7 +54,9 @@ class LayerStatistics:
     - `input_covariance`, A = mean of x xᵀ over the tokens whose δ is not zero, `(d_in, d_in)`;
     - `output_grad_covariance`, S = (1/N) Σ δ δᵀ, summed over tokens, divided by rows, `(d_out, d_out)`.
 
-    Where only a diagonal or a trace is kept they have the shapes `(d,)` and `()`.
+    Where only a diagonal or a trace is kept they have the shapes `(d,)` and `()`. Of a side that is wider than the
+    other (the inner one of a feed-forward part) only blocks on the diagonal are kept, `(blocks, d / blocks,
+    d / blocks)`, each about as wide as the other side, so that covariances take about as much time and room as G.
 
     N is the number of items (rows, or labelled tokens) whose losses were added up. Padding has δ = 0 and so
     drops out by itself. While `covers` is off, rows add to G and to diagonals, but not to whole matrices A and S: these
@@ -82,8 +86,8 @@ class LayerStatistics:
         self._input_factor, self._output_factor = input_factor, output_factor
         self._sums_gradient = sums_gradient
         self.gradient = torch.zeros((d_out, d_in) if sums_gradient else (), device=device)
-        self.input_covariance = torch.zeros(_shape(input_factor, d_in), device=device)
-        self.output_grad_covariance = torch.zeros(_shape(output_factor, d_out), device=device)
+        self.input_covariance = torch.zeros(_shape(input_factor, d_in, d_out), device=device)
+        self.output_grad_covariance = torch.zeros(_shape(output_factor, d_out, d_in), device=device)
         self.tokens, self.covered_tokens = torch.zeros((), device=device), torch.zeros((), device=device)
         self.covers = True
         self._tokens_per_item = 0.0
@@ -178,13 +182,24 @@ class LayerStatistics:
         return not bool(self.gradient.norm() > NOISE_FLOOR * bound)
 
 
-def _shape(factor: Factor, d: int) -> tuple[int, ...]:
-    return {"dense": (d, d), "diagonal": (d,), "trace": (), "one": (1, 1)}[factor]
+def _shape(factor: Factor, d: int, other: int) -> tuple[int, ...]:
+    blocks = _blocks(d, other)
+    dense = (blocks, d // blocks, d // blocks) if blocks > 1 else (d, d)
+    return {"dense": dense, "diagonal": (d,), "trace": (), "one": (1, 1)}[factor]
+
+
+def _blocks(d: int, other: int) -> int:
+    """In how many equal blocks the covariance of a side is kept; one where its width does not divide evenly."""
+    least = -(-d // max(other, BLOCK_MIN))
+    return next((blocks for blocks in range(least, 2 * least) if d % blocks == 0), 1)
 
 
 def _add_products(total: Tensor, vectors: Tensor) -> None:
     """Adds Σ v vᵀ, its diagonal or its trace, over vectors `(tokens, d)`; of a large matrix the lower triangle only."""
-    if total.dim() == 2:
+    if total.dim() == 3:
+        for block, part in zip(total, vectors.split(total.shape[1], 1), strict=True):
+            _add_products(block, part)
+    elif total.dim() == 2:
         d = total.shape[0]
         for start in range(0, d, TRIANGLE_BLOCK):
             end = min(start + TRIANGLE_BLOCK, d)
@@ -195,12 +210,12 @@ def _add_products(total: Tensor, vectors: Tensor) -> None:
 
 def _mirror(total: Tensor) -> None:
     """Fills the upper triangle of a sum that `_add_products` has made."""
-    if total.dim() == 2 and total.shape[0] > TRIANGLE_BLOCK:
-        total.copy_(total.tril() + total.tril(-1).T)
+    if total.dim() >= 2 and total.shape[-1] > TRIANGLE_BLOCK:
+        total.copy_(total.tril() + total.tril(-1).mT)
 
 
 def _trace(covariance: Tensor) -> Tensor:
-    return covariance.trace() if covariance.dim() == 2 else covariance.sum()
+    return covariance.diagonal(dim1=-2, dim2=-1).sum() if covariance.dim() >= 2 else covariance.sum()
 
 
 def _live(delta: Tensor) -> Tensor:

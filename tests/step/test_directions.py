@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from onestep_peft.step.directions import (
+    DIRECTIONS,
     SINGULAR_CUTOFF,
+    WHITENED,
     as_it_is,
     damped_root,
     kfac,
@@ -25,6 +27,7 @@ from onestep_peft.step.directions import (
 )
 from onestep_peft.step.layers import LowRank
 from onestep_peft.step.statistics import LayerStatistics
+from tests.conftest import relative_difference
 
 DAMPING = 0.1
 
@@ -250,3 +253,17 @@ def test_diagonal_and_dense_factors_agree_where_the_covariances_are_diagonal() -
 def test_a_direction_may_name_its_rank() -> None:
     assert (rule_of("kfac:8"), rank_of("kfac:8")) == ("kfac", 8)
     assert (rule_of("kfac"), rank_of("kfac")) == ("kfac", None)
+
+
+@pytest.mark.parametrize("rule", sorted(WHITENED))
+@pytest.mark.parametrize("rank", [3, None])
+def test_blocks_on_the_diagonal_give_what_the_whole_matrix_gives(rule: str, rank: int | None) -> None:
+    record = random_statistics(6, 12, seed=1)
+    blocks = record.input_covariance.unflatten(0, (3, 4)).unflatten(2, (3, 4))[[0, 1, 2], :, [0, 1, 2]]
+    outer = record.output_grad_covariance.unflatten(0, (2, 3)).unflatten(2, (2, 3))[[0, 1], :, [0, 1]]
+    found, expected = (
+        DIRECTIONS[rule](whiten(statistics_of(record.gradient, a, s), 0.1), rank)
+        for a, s in ((blocks, outer), (torch.block_diag(*blocks), torch.block_diag(*outer)))
+    )
+    found, expected = (one.dense() if isinstance(one, LowRank) else one for one in (found, expected))
+    assert relative_difference(found, expected) < 1e-5

@@ -296,3 +296,34 @@ def test_sums_of_large_covariances_can_be_saved_on_the_way_and_start_again() -> 
         half.add(*part)
     half.finish(83)
     assert all(torch.equal(half.sums()[name], total) for name, total in whole.sums().items())
+
+
+@pytest.mark.parametrize(
+    ("d", "other", "blocks"),
+    [
+        (1536, 384, 4), (384, 1536, 1), (3072, 768, 4), (768, 768, 1), (384, 3, 1), (2048, 512, 4), (172, 64, 1),
+        (769, 2, 1), (770, 2, 5), (11008, 4096, 4), (4096, 1024, 4),
+    ],
+)  # fmt: skip
+def test_a_side_that_is_wider_than_the_other_has_its_covariance_in_blocks(d: int, other: int, blocks: int) -> None:
+    meta = torch.device("meta")
+    found = LayerStatistics((d, other), meta).output_grad_covariance, LayerStatistics((other, d), meta).input_covariance
+    shape = (d, d) if blocks == 1 else (blocks, d // blocks, d // blocks)
+    assert [tuple(one.shape) for one in found] == [shape, shape]
+
+
+def test_blocks_are_those_of_the_whole_covariance_in_float64() -> None:
+    draw = torch.Generator().manual_seed(0)
+    parts = [(torch.randn(n, 1200, generator=draw) + 0.5, torch.randn(n, 20, generator=draw)) for n in (50, 3, 30)]
+    record = LayerStatistics((20, 1200), torch.device("cpu"))
+    for x, delta in parts:
+        record.add(x, delta)
+    record.finish(83)
+    x = torch.cat([x for x, _ in parts]).double()
+    whole = x.T @ x / 83
+    assert record.input_covariance.shape == (4, 300, 300)
+    for i, block in enumerate(record.input_covariance):
+        part = slice(300 * i, 300 * (i + 1))
+        assert torch.allclose(block.double(), whole[part, part], rtol=1e-5, atol=1e-5)
+        assert torch.equal(block, block.T)
+    assert not record.is_noise()
