@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from quality import baselines, one_step, summary
+from quality import baselines, one_step, setfit_arm, summary
 from quality.settings import Setting
 from results_file import Results
 from transformers.utils import logging
@@ -37,8 +37,12 @@ def epochs(rows: int) -> tuple[int, int]:
     return (1, 3) if rows > SMALL else (3, 10)
 
 
-def arms(setting: Setting) -> dict[str, Arm]:
-    """All arms by name. Those that need AdamW's best setting find it in the results, so they come last."""
+def arms(setting: Setting, setfit_python: Path | None = None) -> dict[str, Arm]:
+    """All arms by name. Those that need AdamW's best setting find it in the results, so they come last.
+
+    Args:
+        setfit_python: Interpreter of the environment that SetFit is in; without it there is no such arm.
+    """
     found: dict[str, Arm] = {
         "one step, lora": one_step.one_step,
         "one step, full": lambda s: one_step.one_step(s, "full"),
@@ -58,6 +62,8 @@ def arms(setting: Setting) -> dict[str, Arm]:
         found |= prompt_arms()
     found["lora_ga, 1 step"] = lambda s: with_best_rate(s, None, lambda rate: baselines.loraga(s, rate, steps=1))
     found["lora_ga, 1 epoch"] = lambda s: with_best_rate(s, None, lambda rate: baselines.loraga(s, rate))
+    if setfit_python is not None:
+        found["setfit"] = lambda s: setfit_arm.setfit(s, setfit_python, max(epochs(s.rows)))
     return found
 
 
@@ -97,16 +103,20 @@ def with_best_rate(
 
 
 def alone(arm: Arm, setting: Setting) -> dict[str, Any]:
-    """An arm's result from a process of its own, with its CPU time, scoring included, and the most memory it held."""
+    """An arm's result from a process of its own, with its CPU time, scoring included, and the most memory it held.
+
+    Where that process runs another, as SetFit's does, the CPU times add up (the start of the other's interpreter
+    among them), and the larger memory counts.
+    """
     context = multiprocessing.get_context("fork")  # what is imported here is there at once, the same for every arm
     ours, theirs = context.Pipe(duplex=False)
 
     def run() -> None:
         result = arm(setting)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        theirs.send(
-            {**result, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_memory_bytes": used.ru_maxrss * 1024}
-        )
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        seconds = sum(one.ru_utime + one.ru_stime for one in used)
+        memory = max(one.ru_maxrss for one in used) * 1024
+        theirs.send({**result, "cpu_seconds": seconds, "peak_memory_bytes": memory})
 
     process = context.Process(target=run)
     process.start()
@@ -125,8 +135,8 @@ def settings(data: Path) -> list[Setting]:
     return [*small, *(Setting(data, name, LARGE, 0) for name in LARGE_SETS)]
 
 
-def run_missing(setting: Setting, begins: tuple[str, ...]) -> None:
-    for name, arm in arms(setting).items():
+def run_missing(setting: Setting, begins: tuple[str, ...], setfit_python: Path | None = None) -> None:
+    for name, arm in arms(setting, setfit_python).items():
         if not name.startswith(begins) or RESULTS.find(**setting.key, arm=name):
             continue
         result = alone(arm, setting)
@@ -146,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="only these numbers of rows")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     parser.add_argument("--arms", nargs="+", help="only arms whose names begin so")
+    parser.add_argument("--setfit-python", type=Path, help="interpreter of SetFit's environment, to run that arm too")
     parser.add_argument("--table", action="store_true", help="table and picture from the results that are there")
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -153,7 +164,7 @@ def main() -> None:
     for setting in settings(options.data) if not options.table else []:
         wanted = (options.sets or [setting.name], options.rows or [setting.rows], options.seeds or [setting.seed])
         if setting.name in wanted[0] and setting.rows in wanted[1] and setting.seed in wanted[2]:
-            run_missing(setting, tuple(options.arms or ("",)))
+            run_missing(setting, tuple(options.arms or ("",)), options.setfit_python)
     rows = RESULTS.rows()
     print(summary.table(rows), summary.prompt_table(rows), summary.harm(rows), sep="\n\n")
     summary.draw(rows, RESULTS.path.with_suffix(".png"))
