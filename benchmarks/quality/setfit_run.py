@@ -25,8 +25,8 @@ from sklearn.linear_model import LogisticRegression
 from transformers.trainer_callback import ProgressCallback
 
 BATCH = 16
-# The head's inverse penalty. SetFit's own, 1, leaves embeddings of length 1 with many classes far from fitted; the search
-# rows choose, as they choose AdamW's rate.
+# The head's inverse penalty. SetFit's own, 1, leaves embeddings of length 1 with many classes far from fitted; the
+# search rows choose, as they choose AdamW's rate.
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 # The least probability of a class: one without training rows is not in SetFit's head at all, and keeps the log-loss
 # finite so.
