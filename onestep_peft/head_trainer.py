@@ -231,6 +231,11 @@ class HeadTrainer(SharingTrainer):
         else:
             before.restore()
 
+    def show_point(self, direction: str, step_size: float, loss: float) -> None:
+        """Tells of a point that a search has looked at."""
+        if self._progress is not None:
+            self._progress.advance(f"{direction}: loss {loss:.4f} at {step_size:.3g}")
+
     def _watched(self, batches: DataLoader, what: str) -> Iterator[Any]:
         if self._progress is not None:
             self._progress.start(what, len(batches), "batch")

@@ -164,6 +164,7 @@ def make_plan(
     head: nn.Module | None,
     rows: dict[str, int],
     parts: int = 1,
+    by_token: bool = False,
 ) -> Plan:
     """A run in numbers, from what it would be made of. Nothing is allocated, and the model is not called.
 
@@ -174,6 +175,7 @@ def make_plan(
         head: The fresh head's last layer, where it is fitted.
         rows: By role, "gradient", "search", "guard" and "evaluation".
         parts: Into how many parts the rows are dealt, each with a body of its own.
+        by_token: Whether the head is fitted to tokens: of them, what the search has seen is not kept.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fitted = set(head.parameters()) if head is not None else set()
@@ -213,7 +215,12 @@ def make_plan(
         memory=memory,
         snapshot_on_host=memory["snapshot"] // 2 > LARGE,
         forwards=_forwards(
-            config, rows, points=_points(config, layers, directions), fits_head=head is not None, parts=parts
+            config,
+            rows,
+            points=_points(config, layers, directions),
+            fits_head=head is not None,
+            parts=parts,
+            by_token=by_token,
         ),
     )
 
@@ -285,7 +292,7 @@ def _points(config: OneStepConfig, layers: Sequence[Layer | Prompt], directions:
 
 
 def _forwards(
-    config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool, parts: int
+    config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool, parts: int, by_token: bool
 ) -> dict[str, int]:
     held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // int(config.slices)
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
@@ -293,7 +300,7 @@ def _forwards(
     # that after a walk the head's fit has just looked, unless it is taken back or bodies have stood in.
     looks = 1 + steps * points + steps - 1
     if fits_head:
-        looks += walks + (walks - 1) * int(parts > 1)
+        looks += walks * int(by_token) + (walks - 1) * int(parts > 1)
     if config.stop_at is not None:
         looks += 1 + walks
     stages = 3 if fits_head else 2

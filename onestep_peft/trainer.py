@@ -195,6 +195,7 @@ class OneStepTrainer(SavingTrainer):
             head=self.head_layer() if self.fits_head() else None,
             rows={**self._row_counts(), "evaluation": sum(map(len, sets))},
             parts=self.parts,
+            by_token=self.task.by_token,
         )
 
     # The run, from the moments that Trainer announces
@@ -284,7 +285,7 @@ class OneStepTrainer(SavingTrainer):
                 layers=layers,
                 statistics=self._stack.enter_context(observed(layers, self._whitens)),
                 held_out_losses=self.held_out_losses if self.held_rows is not None else None,
-                progress=self._show_point,
+                progress=self.show_point,
                 body=[parameter for parameter in self.trainable() if parameter not in head_parameters],
             )
             self._stack.enter_context(self.optimizer.gradients.collected())
@@ -364,10 +365,6 @@ class OneStepTrainer(SavingTrainer):
             "collator": type(self.data_collator).__qualname__,
             "metrics": self._metric_names,
         }
-
-    def _show_point(self, direction: str, step_size: float, loss: float) -> None:
-        if self._progress is not None:
-            self._progress.advance(f"{direction}: loss {loss:.4f} at {step_size:.3g}")
 
     # The report
 
