@@ -366,7 +366,7 @@ def _labelled(x: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     return x[known], labels[known]
 
 
-def installed(layer: nn.Linear) -> HeadFit:
+def current(layer: nn.Linear) -> HeadFit:
     """The head that a layer holds."""
     bias = layer.bias.detach().clone() if layer.bias is not None else None
     return HeadFit(layer.weight.detach().clone(), bias, 0.0, None)

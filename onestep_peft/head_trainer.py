@@ -220,7 +220,7 @@ class HeadTrainer(SharingTrainer):
         layer = self.head_layer()
         before = Snapshot(layer.parameters())
         try:
-            self.fit_head(since=head.installed(layer))
+            self.fit_head(since=head.current(layer))
             loss = float(self.held_out_losses().mean())
         except BaseException:  # out of memory, say, and Trainer goes on with smaller batches
             before.restore()

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 
@@ -82,9 +81,9 @@ def _state(model: nn.Module, but: nn.Module | None = None) -> list[tuple[int, in
 
 
 def _values(model: nn.Module) -> Tensor:
-    """Sum and norm of each trainable parameter, this process' part of it: the same where nothing has another value."""
-    local = [one.to_local() if isinstance(one, DTensor) else one for one in model.parameters() if one.requires_grad]
-    sums = [part for one in local for part in (one.sum(dtype=torch.float64), one.norm(dtype=torch.float64))]
+    """Sum and norm of each trainable parameter: the same where nothing has another value."""
+    moving = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    sums = [part for one in moving for part in (one.sum(dtype=torch.float64), one.norm(dtype=torch.float64))]
     return torch.stack([part.to(sums[0].device) for part in sums]).cpu() if sums else torch.zeros(0)
 
 
@@ -304,7 +303,8 @@ def split_rows(train: Any, search: Any, config: OneStepConfig, task: Task) -> Sp
 def _longest_first(numbers: list[int], rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """The order does not change a sum, and rows of similar length need little padding.
 
-    The longest come first: if memory does not suffice, it shows at once.
+    The longest come first: if memory does not suffice, it shows at once (where a sample of the rows goes first, at its
+    end at the latest).
     """
     return sorted(numbers, key=lambda i: -len(rows[i].get("input_ids", ())))
 

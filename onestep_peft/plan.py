@@ -220,7 +220,8 @@ def make_plan(
             points=_points(config, layers, directions),
             fits_head=head is not None,
             parts=parts,
-            by_token=by_token,
+            forgets=by_token or config.slices != 1,
+            half=config.bf16 or any(parameter.dtype.itemsize < FP32 for parameter in fitted),
         ),
     )
 
@@ -292,7 +293,7 @@ def _points(config: OneStepConfig, layers: Sequence[Layer | Prompt], directions:
 
 
 def _forwards(
-    config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool, parts: int, by_token: bool
+    config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool, parts: int, forgets: bool, half: bool
 ) -> dict[str, int]:
     held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // int(config.slices)
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
@@ -300,7 +301,8 @@ def _forwards(
     # that after a walk the head's fit has just looked, unless it is taken back or bodies have stood in.
     looks = 1 + steps * points + steps - 1
     if fits_head:
-        looks += walks * int(by_token) + (walks - 1) * int(parts > 1)
+        # In half precision losses do not follow from the head's inputs: they take another forward after each fit.
+        looks += walks * int(forgets) + (1 + walks) * int(half) + (walks - 1) * int(parts > 1)
     if config.stop_at is not None:
         looks += 1 + walks
     stages = 3 if fits_head else 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -41,8 +42,13 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task) -> int:
 
 
 def number_of_shares(config: OneStepConfig, rows: int) -> int:
-    """Into how many shares so many rows are dealt, of which one counts for the layers' covariances."""
-    return max(1, rows // config.covariance_rows) if config.slices == 1 else 1
+    """Into how many shares so many rows are dealt, of which one counts for the layers' covariances.
+
+    Shares and the folds of the head are dealt from the same order: without a common divisor, rows of all folds are in
+    each share.
+    """
+    most = max(1, rows // config.covariance_rows) if config.slices == 1 else 1
+    return next(shares for shares in range(most, 0, -1) if math.gcd(shares, config.head_folds) == 1)
 
 
 class SlicedRows(Dataset):
@@ -62,9 +68,9 @@ class SlicedRows(Dataset):
 
     def __init__(self, rows: Any, slices: int, batch_size: int) -> None:
         self._rows = rows
-        self._parts = self._dealt(slices)
+        self._groups = self._dealt(slices)
         self._whole = batch_size * processes.number()
-        self._length = self._filled(max(map(len, self._parts)))
+        self._length = self._filled(max(map(len, self._groups)))
         self.current = 0
 
     def _dealt(self, slices: int) -> list[list[int]]:
@@ -87,12 +93,12 @@ class SlicedRows(Dataset):
         return self._row(self.current, i)
 
     def _row(self, slice_: int, i: int) -> int:
-        part = self._parts[slice_]
+        part = self._groups[slice_]
         return part[min(i, len(part) - 1)]
 
     def _at(self, slice_: int, i: int) -> dict[str, Any]:
         row = self._rows[self._row(slice_, i)]
-        return row if i < len(self._parts[slice_]) else without_labels(row)
+        return row if i < len(self._groups[slice_]) else without_labels(row)
 
 
 class PartedRows(SlicedRows):
@@ -110,7 +116,7 @@ class PartedRows(SlicedRows):
     def __init__(self, rows: Any, parts: int, shares: int, batch_size: int) -> None:
         self._number, self._shares = parts, shares
         super().__init__(rows, parts * min(shares, 2), batch_size)
-        self._ends = list(itertools.accumulate(self._filled(len(section)) for section in self._parts))
+        self._ends = list(itertools.accumulate(self._filled(len(section)) for section in self._groups))
 
     def _dealt(self, slices: int) -> list[list[int]]:
         # Fold by fold the rows go to each part in turn, so a row's part is the same whatever the number of shares.

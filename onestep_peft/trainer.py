@@ -311,13 +311,14 @@ class OneStepTrainer(SavingTrainer):
     @property
     def shares(self) -> int:
         """Into how many shares the rows of each part are dealt, of which one counts for the layers' covariances."""
-        return number_of_shares(self._config, len(self.pass_rows) // self.parts) if self._whitens else 1
+        whitens = self._whitens and any(isinstance(layer, Layer) for layer in self.layers())
+        return number_of_shares(self._config, len(self.pass_rows) // self.parts) if whitens else 1
 
     @property
     def adapter_rests(self) -> bool:
-        """Whether the adapter is zero and no candidate needs its own gradient. FSDP wants to see every parameter."""
+        """Whether the adapter is zero and no candidate needs its own gradient."""
         plain = not PARAMETER_DIRECTIONS.keys().isdisjoint(self.directions)
-        return not plain and not self.is_fsdp_enabled and self._method.is_idle(self.bare_model)
+        return not plain and self._method.is_idle(self.bare_model)
 
     @property
     def _whitens(self) -> bool:

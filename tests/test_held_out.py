@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig
+from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from onestep_peft import OneStepTrainer, head
 from onestep_peft.held_out import HeldOut
@@ -216,6 +218,40 @@ def test_held_out_rows_go_forward_once_before_the_search_and_not_after_it(
     assert torch.allclose(trainer.held_out_losses(), known, rtol=1e-5, atol=1e-6)
     if step["head_refitted"]:
         assert float(known.mean()) == pytest.approx(step["loss_after"], rel=1e-5)
+
+
+def test_the_head_goes_as_far_to_its_new_fit_as_helps_held_out_rows(tmp_path: Path) -> None:
+    """Against a search of scipy's between the head as the search left it and a fit of its own to the moved features."""
+    before: list[head.HeadFit] = []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            before.append(head.current(trainer.head_layer()))
+
+    torch.manual_seed(0)
+    trainer = trainer_for(
+        tmp_path, toy_rows(60, seed=1), search_dataset=toy_rows(60, seed=3), head_folds=1, callbacks=[Watch()]
+    )
+    trainer.train()
+    assert trainer.report.steps[0]["accepted"] and trainer.report.steps[0]["head_refitted"]
+    layer = trainer.head_layer()
+    train, held = (
+        head.features(trainer.bare_model, layer, trainer.get_test_dataloader(rows))
+        for rows in (trainer.train_dataset, trainer.held_rows)
+    )
+    fitted = head.fit(train.x, train.labels, held_out=(held.x, held.labels), outputs=2, bias=True)
+
+    def loss(share: float) -> float:
+        weight = torch.lerp(before[0].weight.double(), fitted.weight.double(), share)
+        bias = torch.lerp(before[0].bias.double(), fitted.bias.double(), share)
+        return float(nn.functional.cross_entropy(held.x.double() @ weight.T + bias, held.labels))
+
+    best = minimize_scalar(loss, bounds=(0, 1), method="bounded")
+    assert 0.1 < best.x < 0.9
+    way = fitted.weight.double() - before[0].weight.double()
+    share = float(((layer.weight.detach().double() - before[0].weight.double()) * way).sum() / way.square().sum())
+    assert abs(share - best.x) < 0.03
+    assert float(trainer.held_out_losses().mean()) == pytest.approx(best.fun, rel=1e-3)
 
 
 def test_a_head_that_is_not_fitted_costs_one_check(tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_nothing_of_this_machine_is_in_a_saved_state(tmp_path: Path) -> None:
         {"rows": toy_rows(70, seed=2)},
         {"direction": "sgd"},
         {"damping": 0.3},
+        {"covariance_rows": 20},
         {"guard": False},
         {"per_device_train_batch_size": 4},
         {"eval_dataset": toy_rows(20, seed=3)},

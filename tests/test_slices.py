@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
 
 from onestep_peft import OneStepConfig, OneStepTrainer
 from onestep_peft.held_out import by_content, listed
 from onestep_peft.out_of_fold import fold_of_each
-from onestep_peft.slices import PartedRows, SlicedRows, number_of_slices
+from onestep_peft.slices import PartedRows, SlicedRows, number_of_shares, number_of_slices
 from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 from onestep_peft.tasks.task import UNLABELLED
 from tests.conftest import (
@@ -178,6 +178,13 @@ def test_a_share_of_each_part_comes_first_and_counts_for_covariances(parts: int,
     assert all(abs(some - every / shares) <= parts for some, every in zip(by_class, of_all, strict=True))
 
 
+@pytest.mark.parametrize("rows", range(1_500, 20_000, 1_500))
+def test_rows_of_every_fold_of_the_head_are_in_the_sample(rows: int, tmp_path: Path) -> None:
+    shares = number_of_shares(config_for(tmp_path, slices=1), rows)
+    assert rows // 1_500 - 1 <= shares <= rows // 1_500
+    assert {i % 5 for i in range(0, rows, shares)} == set(range(5))
+
+
 class AfterPass(TrainerCallback):
     """Keeps what a pass has left."""
 
@@ -231,8 +238,11 @@ def test_few_rows_all_count_and_a_bad_number_is_refused(tmp_path: Path) -> None:
         return trainer_for(tmp_path, ROWS, **{"search_dataset": ROWS[:20], "direction": "kfac", **options})
 
     assert trainer().shares == 1
-    assert [trainer(covariance_rows=number).shares for number in (36, 35, 20, 7)] == [1, 2, 3, 10]
-    assert trainer(covariance_rows=7, max_steps=2).shares == 5
+    assert [trainer(covariance_rows=number).shares for number in (36, 35, 20, 7)] == [1, 2, 3, 9]
+    assert trainer(covariance_rows=7, head_folds=1).shares == 10
+    prompt = {"peft_config": PromptTuningConfig(num_virtual_tokens=2), "method": "prompt_tuning"}
+    assert trainer(covariance_rows=7, **prompt).shares == 1
+    assert trainer(covariance_rows=7, max_steps=2).shares == 4  # 35 rows a part, and 5 shares would be the 5 folds
     assert trainer(covariance_rows=7, direction="sgd").shares == 1
     assert trainer(covariance_rows=7, slices=2).shares == 1
     with pytest.raises(ValueError, match="covariance_rows"):

@@ -18,7 +18,6 @@ from onestep_peft.errors import nearest
 from onestep_peft.methods.linear import linear_names
 from onestep_peft.methods.saved import modules_to_save
 from onestep_peft.step.layers import Layer, LowRank
-from onestep_peft.wrapping import base_of
 
 name = "lora"
 directions = ("sgd", "sign", "muon", "lora_one", "kfac", "kfac_muon", "kfac_schatten")
@@ -130,17 +129,21 @@ def layers(model: PeftModel, left_out: str | None = None) -> list[Layer]:
 
 
 def is_idle(model: PeftModel) -> bool:
-    """Whether every adapter is zero, so that it adds nothing to any output."""
-    factors = [_factors(module, str(model.active_adapter)) for _, module in _adapted(model, str(model.active_adapter))]
-    return not any(bool(up.any()) and bool(down.any()) for down, up in factors)
+    """Whether the adapter is the only one and zero, so that it adds nothing to any output."""
+    adapter = str(model.active_adapter)
+    adapted = [module for _, module in _adapted(model, adapter)]
+    alone = all(list(module.active_adapters) == [adapter] for module in adapted)
+    return alone and not any(
+        bool(up.any()) and bool(down.any()) for down, up in (_factors(m, adapter) for m in adapted)
+    )
 
 
 @contextlib.contextmanager
 def set_aside(model: PeftModel) -> Iterator[None]:
     """While open, the base answers without the adapter: where that is zero, the same outputs for a fifth less work.
 
-    Gradients reach the layers' outputs all the same, from the embedded input on, as transformers'
-    `enable_input_require_grads` has it; the adapter's own parameters get none.
+    Gradients reach the outputs of the adapted layers all the same, and go no further back than the first of them; the
+    adapter's own parameters get none.
     """
     modules = [module for _, module in _adapted(model, str(model.active_adapter))]
     wanted = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
@@ -152,16 +155,18 @@ def set_aside(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
     def begin_graph(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
 
-    handle = base_of(model).get_input_embeddings().register_forward_hook(begin_graph)
-    enable(False)
+    # Ahead of whatever observes the outputs.
+    handles = [module.register_forward_hook(begin_graph, prepend=True) for module in modules]
     try:
+        enable(False)
         yield
     finally:
         enable(True)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _adapted(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLinear]]:

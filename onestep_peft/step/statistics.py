@@ -20,7 +20,7 @@ NOISE_FLOOR = 1e-6
 DEAD_SHARE = 1e-6
 # A covariance is symmetric: it is summed in columns of blocks of this size, from the diagonal down.
 TRIANGLE_BLOCK = 256
-# No covariance is cut into blocks that are smaller.
+# No side up to this width is cut into blocks.
 BLOCK_MIN = 384
 
 
@@ -55,8 +55,9 @@ class LayerStatistics:
     - `output_grad_covariance`, S = (1/N) Σ δ δᵀ, summed over tokens, divided by rows, `(d_out, d_out)`.
 
     Where only a diagonal or a trace is kept they have the shapes `(d,)` and `()`. Of a side that is wider than the
-    other (the inner one of a feed-forward part) only blocks on the diagonal are kept, `(blocks, d / blocks,
-    d / blocks)`, each about as wide as the other side, so that covariances take about as much time and room as G.
+    other (the inner one of a feed-forward part; the input of keys and values that heads share) only blocks on the
+    diagonal are kept, `(blocks, d / blocks, d / blocks)`, each about as wide as the other side, so that covariances
+    take about as much time and room as G.
 
     N is the number of items (rows, or labelled tokens) whose losses were added up. Padding has δ = 0 and so
     drops out by itself. While `covers` is off, rows add to G and to diagonals, but not to whole matrices A and S: these
@@ -175,7 +176,9 @@ class LayerStatistics:
 
     def is_noise(self) -> bool:
         """Whether the gradient is so far below what x and δ allow that only rounding is left in it."""
-        if float(self.tokens) == 0:  # its module was never called, so there is nothing to whiten by
+        dense = "dense" in (self._input_factor, self._output_factor)
+        # Its module was never called, or by no row that is covered, so there is nothing to whiten by.
+        if float(self.covered_tokens if dense else self.tokens) == 0:
             return True
         traces = _trace(self.input_covariance) * _trace(self.output_grad_covariance)
         bound = (traces * self._tokens_per_item).sqrt()

@@ -164,6 +164,29 @@ def test_a_diagonal_comes_from_all_rows(output_factor: Any) -> None:
     assert torch.allclose(record.output_grad_covariance, expected)
 
 
+def test_a_layer_that_only_rows_beside_the_sample_reach_is_left_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    record = LayerStatistics((3, 4), torch.device("cpu"))
+    record.covers = False
+    record.add(torch.randn(2, 5, 4, generator=draw), torch.randn(2, 5, 3, generator=draw))
+    record.finish(4, 2)
+    assert bool(record.gradient.any()) and record.is_noise()
+
+
+def test_sums_of_some_rows_are_means_over_those_of_them_that_are_covered() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, delta = torch.randn(3, 5, 4, generator=draw), torch.randn(3, 5, 3, generator=draw)
+    record = LayerStatistics((3, 4), torch.device("cpu"))
+    record.add(x[:1], delta[:1])
+    record.covers = False
+    record.add(x[1:], delta[1:])
+    found = record.of({name: total.clone() for name, total in record.sums().items()}, 3, 1)
+    flat = delta[0].double()
+    assert torch.allclose(found.output_grad_covariance.double(), flat.T @ flat, rtol=1e-5)
+    assert torch.allclose(found.input_covariance.double(), x[0].double().T @ x[0].double() / 5, rtol=1e-5)
+    assert torch.allclose(found.gradient, torch.einsum("nto,nti->oi", delta, x) / 3, rtol=1e-4, atol=1e-6)
+
+
 def test_padding_may_hold_anything() -> None:
     x, mask, labels = batch(10)
     other = torch.where(mask[..., None] > 0, x, 100.0)
