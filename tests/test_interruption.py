@@ -25,7 +25,7 @@ ROWS = toy_rows(70, seed=1)
 # Each differs in what a pass has to keep.
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "lora, two steps": {"max_steps": 2},
+    "lora, two steps": {"max_steps": 2, "guard": False},
     "lora, two steps, sampled": {"max_steps": 2, "covariance_rows": 10, "guard": False},
     "lora, plain": {"direction": "sgd", "step_size": 0.1},
     "full": {"method": "full"},
@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_and_not_the_run(tmp_pat
     one = trainer(tmp_path / "out")
     with pytest.warns(UserWarning, match="cannot be saved"):
         one.train()
-    assert one.report.steps[0]["accepted"]
+    assert one.state.global_step == len(one.report.steps) == 1
 
 
 def test_a_pass_that_was_cut_short_at_its_end_only_searches(tmp_path: Path) -> None:

@@ -61,11 +61,12 @@ def search_step_size(
 ) -> SearchResult:
     """Finds a step size that lowers `loss`.
 
-    From `start` the step grows by a factor of 1.6 while the best point is the largest one, and shrinks while it is
-    the smallest (by the factor's square while nothing has helped yet), unless a parabola has its minimum nearer. That
-    goes through the loss at zero, the best point and its neighbour, and where the best has neighbours on both sides
-    through these three; its minimum is the last point looked at. The end is the best point evaluated, zero included,
-    so the result is never worse than standing still on the rows that `loss` reads.
+    From `start` the step grows by a factor of 1.6 while the best point is the largest one, unless a parabola through
+    the loss at zero and the two largest points has its minimum nearer, and shrinks while it is the smallest (by the
+    factor's square while nothing has helped yet): near zero a loss can fall much more steeply than a parabola. The
+    minimum of that parabola, or of one in the logarithm of the step size where the best point has neighbours on both
+    sides, is the last point looked at. The end is the best point evaluated, zero included, so the result is never worse
+    than standing still on the rows that `loss` reads.
 
     Args:
         loss: Mean loss of the search rows at a step size; may return infinity or NaN.
@@ -100,14 +101,12 @@ def _next(result: SearchResult) -> tuple[float | None, bool]:
         return smallest / FACTOR**2, False
     if len(points) == 1:
         return best * FACTOR, False
+    if best == smallest:
+        return best / FACTOR, False
     i = next(i for i, (step_size, _) in enumerate(points) if step_size == best)
-    inside = 0 < i < len(points) - 1
-    around = points[i - 1 : i + 2] if inside else [(0.0, at_zero), *points[min(i, len(points) - 2) :][:2]]
-    vertex = _vertex(around)
+    vertex = _vertex(points[i - 1 : i + 2] if best < largest else [(0.0, at_zero), *points[-2:]])
     if best == largest and not vertex <= best * FACTOR:
         return best * FACTOR, False
-    if best == smallest and not vertex >= best / FACTOR:
-        return best / FACTOR, False
     known = not math.isfinite(vertex) or any(abs(math.log(vertex / step_size)) < NEAR for step_size, _ in points)
     return None if known else vertex, True
 
