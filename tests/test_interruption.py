@@ -252,8 +252,9 @@ def test_an_adapter_that_has_learnt_something_else_is_not_replaced(tmp_path: Pat
 
 
 def test_a_run_with_fewer_steps_does_not_go_beyond_them(tmp_path: Path) -> None:
-    cut(tmp_path / "cut", 5 + 6, max_steps=2, body_folds=1)
-    shorter = trainer(tmp_path / "cut", max_steps=1, body_folds=1)
+    options: dict[str, Any] = {"body_folds": 1, "guard": False}
+    cut(tmp_path / "cut", 5 + 6, max_steps=2, **options)
+    shorter = trainer(tmp_path / "cut", max_steps=1, **options)
     shorter.train()
     assert len(shorter.report.steps) == shorter.state.global_step == 1
 
@@ -324,7 +325,7 @@ def test_sigterm_in_a_run_from_a_checkpoint_saves_its_pass(tmp_path: Path) -> No
 def test_an_interruption_leaves_the_bits_of_a_model_that_was_made_in_the_run(tmp_path: Path) -> None:
     one = trainer_for(
         tmp_path, ROWS, model_init=lambda: tiny_bert(), per_device_train_batch_size=8, search_fraction=0.3, max_steps=2,
-        callbacks=[Cut(5 + 6)], save_pass_minutes=0,
+        callbacks=[Cut(5 + 6)], save_pass_minutes=0, guard=False,
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         one.train()
