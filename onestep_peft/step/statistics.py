@@ -117,9 +117,10 @@ class LayerStatistics:
     def add(self, x: Tensor, delta: Tensor) -> None:
         """Adds one call of the layer: x `(..., d_in)` (token numbers `(...)` for an embedding) and δ `(..., d_out)`."""
         live = _live(delta)
-        self.tokens += live.sum()
+        number = live.sum()
+        self.tokens += number
         if self.covers:
-            self.covered_tokens += live.sum()
+            self.covered_tokens += number
         elif not self._sums_gradient and {self._input_factor, self._output_factor} <= {"dense", "one"}:
             return  # all that is left to add up is autograd's
         delta = delta.reshape(-1, delta.shape[-1]).float()  # (tokens, d_out)
