@@ -18,7 +18,7 @@ from onestep_peft.config import OneStepConfig
 from onestep_peft.held_out import padded
 from onestep_peft.methods import Method
 from onestep_peft.rows import Tokeniser
-from onestep_peft.slices import PartedRows, SlicedRows
+from onestep_peft.slices import LEAD, PartedRows, SlicedRows
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
@@ -76,6 +76,9 @@ class ExactGradientTrainer(Trainer):
         """Before Trainer reads the rows of a step."""
         if self._sliced is not None:
             self._sliced.current = self.state.global_step % self.slices
+            if self.slices > 1:  # slices are not all as long
+                per_process = self._train_batch_size * processes.number()
+                self.args.gradient_accumulation_steps = len(self._sliced) // per_process
 
     def begin_pass(self) -> None:
         """Before the first micro-batch of a step."""
@@ -91,7 +94,8 @@ class ExactGradientTrainer(Trainer):
         rows: Any = self.train_dataset
         self._sliced = None
         if self.slices > 1:
-            self._sliced = SlicedRows(rows, self.slices, self._train_batch_size)
+            lead = LEAD if cast(OneStepConfig, self.args).fixed_step_size is None else 0.0
+            self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
         elif self.parts * self.shares > 1:
             self._sliced = PartedRows(rows, self.parts, self.shares, self._train_batch_size)
         self.train_dataset = self._sliced or padded(rows, self._train_batch_size)
@@ -107,7 +111,7 @@ class ExactGradientTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The batches one by one: Trainer's list would hold a whole epoch on the device."""
-        return _Batches(epoch_iterator, num_batches), None
+        return _Batches(epoch_iterator, self.args.gradient_accumulation_steps), None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer, and after the last micro-batch the one division by the number of items.
@@ -142,6 +146,7 @@ class ExactGradientTrainer(Trainer):
         items = self.one_step.finish_pass()
         processes.sum_over([self._loss_sum])
         self.pass_seconds += time.perf_counter() - self._pass_began
+        self.one_step.loss = float(self._loss_sum) / items
         return self._loss_sum / items
 
     def compute_loss(

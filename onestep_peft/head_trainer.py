@@ -20,7 +20,7 @@ from onestep_peft.hub.sharing import SharingTrainer
 from onestep_peft.out_of_fold import FoldHeads
 from onestep_peft.preparation import Adapted
 from onestep_peft.step import processes
-from onestep_peft.step.optimizer import StepOutcome
+from onestep_peft.step.outcome import StepOutcome
 from onestep_peft.step.snapshot import Snapshot
 
 # A head with a few hundred inputs learns nothing more from further tokens.
@@ -176,7 +176,8 @@ class HeadTrainer(SharingTrainer):
 
     def head_of_the_pass(self, places: Sequence[int]) -> contextlib.AbstractContextManager[None]:
         """For each row the head that was fitted without its fold."""
-        if self._fold_heads is None:
+        # On a walk the body has not seen the next rows, and it has moved to suit the head that is there.
+        if self._fold_heads is None or self.one_step.walk.under_way:
             return super().head_of_the_pass(places)
         folds = self._all_folds(len(self._fold_heads.weight))
         return self._fold_heads.answering(self.head_layer(), folds[torch.tensor(places)])

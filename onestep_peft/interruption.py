@@ -142,6 +142,7 @@ class ResumableTrainer(ExactGradientTrainer):
         for record in state.steps:
             self.one_step.outcomes.append(outcome_of(record))
             self.one_step.go_on_from(self.one_step.outcomes[-1])
+        self.one_step.done = state.step
         self.count_steps(state.step)
         self.log({"resumed_step": state.step + 1, "resumed_batch": state.batches})
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from onestep_peft.step.line_search import SearchResult
-from onestep_peft.step.optimizer import StepOutcome
+from onestep_peft.step.outcome import StepOutcome
 
 FILE = "onestep.json"
 PICTURE = "search.png"

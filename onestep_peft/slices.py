@@ -16,23 +16,27 @@ from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task
 
-# A direction is known well enough from so many tokens: with an eighth of 360,000, the first of eight steps got as far
-# as one step with all of them, and the others went on from there.
-ITEMS_PER_SLICE = 40_000
-SLICES_MAX = 8
+# A walk goes on from its first step in so many small ones.
+SLICES = 26
+# The first step of a walk is worked out from this share of the rows.
+LEAD = 0.2
+# From so many rows, or tokens that a language model learns, on the rows are walked through in slices.
+WALK_ROWS, WALK_ITEMS = 2_000, 80_000
 
 
 def number_of_slices(config: OneStepConfig, rows: Any, task: Task) -> int:
-    """What the configuration says; left to "auto", several for a language model with many tokens, else one.
+    """What the configuration says; left to "auto", several where rows are many, else one.
 
     Raises:
         ValueError: More slices than rows.
     """
     if config.slices == AUTO:
-        if task.has_head or config.fixed_step_size is not None:
+        if config.fixed_step_size is not None or config.max_steps > 1:
             return 1
+        if task.has_head:
+            return SLICES if len(rows) >= WALK_ROWS else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
-        return max(1, min(SLICES_MAX, items // ITEMS_PER_SLICE, len(rows)))
+        return min(SLICES, len(rows)) if items >= WALK_ITEMS else 1
     slices = int(config.slices)
     if slices > len(rows):
         raise ValueError(
@@ -55,36 +59,40 @@ class SlicedRows(Dataset):
     """One slice of the rows at a time; Trainer's loop takes it for the whole set.
 
     A row's slice follows from its content, whatever its place. Every slice is filled up, with copies of its last row
-    that have no label and so no say, until all slices give all processes equally many full micro-batches.
+    that have no label and so no say, until it gives all processes equally many full micro-batches.
 
     Args:
         rows: The rows of the pass, longest first; so are those of each slice.
         slices: Number of slices.
         batch_size: Rows of a micro-batch.
+        lead: Share of the rows that is in the first slice, where that is more than an equal one.
 
     Attributes:
         current: Number of the slice that is there.
     """
 
-    def __init__(self, rows: Any, slices: int, batch_size: int) -> None:
-        self._rows = rows
+    def __init__(self, rows: Any, slices: int, batch_size: int, lead: float = 0.0) -> None:
+        self._rows, self._lead = rows, lead
         self._groups = self._dealt(slices)
         self._whole = batch_size * processes.number()
-        self._length = self._filled(max(map(len, self._groups)))
         self.current = 0
 
     def _dealt(self, slices: int) -> list[list[int]]:
         order = by_content(listed(self._rows))
-        return [sorted(order[i::slices]) for i in range(slices)]
+        first = int(self._lead * len(order))
+        if first * slices <= len(order):
+            return [sorted(order[i::slices]) for i in range(slices)]
+        first = min(first, len(order) - slices + 1)  # a row at least for each of the others
+        return [sorted(order[:first]), *(sorted(order[first + i :: slices - 1]) for i in range(slices - 1))]
 
     def _filled(self, rows: int) -> int:
         return -(-rows // self._whole) * self._whole
 
     def __len__(self) -> int:
-        return self._length
+        return self._filled(len(self._groups[self.current]))
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        if not 0 <= i < self._length:
+        if not 0 <= i < len(self):
             raise IndexError(i)  # what ends an iteration
         return self._at(self.current, i)
 

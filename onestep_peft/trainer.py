@@ -39,7 +39,8 @@ from onestep_peft.slices import number_of_shares, number_of_slices
 from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import affordable
-from onestep_peft.step.optimizer import OneStepOptimizer, StepSettings
+from onestep_peft.step.optimizer import OneStepOptimizer
+from onestep_peft.step.outcome import StepSettings
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
 from onestep_peft.wrapping import config_of, described, labels_of
@@ -233,7 +234,7 @@ class OneStepTrainer(SavingTrainer):
     def begin_run(self) -> None:
         """Before the first pass: the base's score, the held-out rows, the head and its score."""
         if self._head_done:  # a retry with smaller batches
-            self.count_steps(len(self.one_step.outcomes))
+            self.count_steps(self.one_step.done)
             return
         self._before = Snapshot(self.trainable())
         self._rests = self.adapter_rests
@@ -255,18 +256,17 @@ class OneStepTrainer(SavingTrainer):
 
     def end_step(self) -> bool:
         """After a step: books its times, fits the head to the moved body; returns whether to stop here."""
-        outcome = self.one_step.outcomes[-1]
-        for part, seconds in outcome.seconds.items():
+        for part, seconds in self.one_step.seconds.items():
             self.seconds[part] += seconds
-        walk = self.one_step.outcomes[-self.slices :] if self.state.global_step % self.slices == 0 else []
-        moved = any(one.accepted for one in walk)
+        steps = self.one_step.ended_steps()
+        moved = [one for one in steps if one.accepted]
         if moved and self.fits_head():
             with self.clock("head"):
                 if self.held_out is not None:
-                    self.refit_head(outcome)
+                    self.refit_head(moved[-1])
                 elif self.another_pass():
                     self.refit_fold_heads()
-        return bool(walk) and (not moved or self.reached_target())
+        return bool(steps) and (not moved or self.reached_target())
 
     # The step
 
@@ -276,7 +276,7 @@ class OneStepTrainer(SavingTrainer):
             config, layers = self._config, self.layers()
             settings = StepSettings(
                 self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
-                config.guard_confidence, settled=self.slices > 1, parts=self.parts,
+                config.guard_confidence, slices=self.slices, parts=self.parts,
             )  # fmt: skip
             head_parameters = set(self.head_layer().parameters()) if self.fits_head() else set()
             self.optimizer = OneStepOptimizer(

@@ -202,10 +202,10 @@ def _layer_directions(
     for name, rule in rules.items():
         source = white if rule in WHITENED else plain
         assert source is not None
-        yield name, DIRECTIONS[rule](source, _smaller(layer.rank, rank_of(name) or rank))
+        yield name, DIRECTIONS[rule](source, least(layer.rank, rank_of(name) or rank))
 
 
-def _smaller(one: int | None, other: int | None) -> int | None:
+def least(one: int | None, other: int | None) -> int | None:
     """The smaller of two ranks; None is the full one."""
     return other if one is None else one if other is None else min(one, other)
 

@@ -60,6 +60,12 @@ class WhitenedGradient:
     input_root: Tensor | None
     white: Tensor
 
+    @classmethod
+    def of(cls, gradient: Tensor, output_root: Tensor | None, input_root: Tensor | None) -> WhitenedGradient:
+        """Of a gradient as it is, `(d_out, d_in)`."""
+        half = solve(output_root, gradient.double())
+        return cls(output_root, input_root, solve(input_root, half.T).T)
+
     @functools.cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         """Singular vectors of the shorter side, `(min(d_out, d_in), k)`, and σ `(k,)`, falling."""
@@ -86,26 +92,26 @@ class WhitenedGradient:
     def back(self, sigma: Tensor, rank: int | None) -> LowRank:
         """L_S⁻ᵀ U diag(sigma) Vᵀ L_A⁻¹, cut to the first `rank` singular pairs, in fp32."""
         u, _, vt = self.svd(rank)
-        left = _solve_transposed(self.output_root, u * sigma[:rank])
-        right = _solve_transposed(self.input_root, vt.T).T
+        left = solve_transposed(self.output_root, u * sigma[:rank])
+        right = solve_transposed(self.input_root, vt.T).T
         return LowRank(left.float(), right.float())
 
     def whole(self) -> Tensor:
         """L_S⁻ᵀ L_S⁻¹ G L_A⁻ᵀ L_A⁻¹, `(d_out, d_in)`, in fp32."""
-        return _solve_transposed(self.input_root, _solve_transposed(self.output_root, self.white).T).T.float()
+        return solve_transposed(self.input_root, solve_transposed(self.output_root, self.white).T).T.float()
 
 
-def _solve(root: Tensor | None, right: Tensor) -> Tensor:
+def solve(root: Tensor | None, right: Tensor) -> Tensor:
     """L⁻¹ right."""
     if root is None:
         return right
     return right / root[:, None] if root.dim() == 1 else _solve_blocks(root, right, upper=False)
 
 
-def _solve_transposed(root: Tensor | None, right: Tensor) -> Tensor:
+def solve_transposed(root: Tensor | None, right: Tensor) -> Tensor:
     """L⁻ᵀ right."""
     if root is None or root.dim() == 1:
-        return _solve(root, right)
+        return solve(root, right)
     return _solve_blocks(root.mT, right, upper=True)
 
 
@@ -115,6 +121,15 @@ def _solve_blocks(triangular: Tensor, right: Tensor, *, upper: bool) -> Tensor:
         return torch.linalg.solve_triangular(triangular, right, upper=upper)
     by_block = right.unflatten(0, triangular.shape[:-1])
     return torch.linalg.solve_triangular(triangular, by_block, upper=upper).flatten(0, 1)
+
+
+def times_transposed(root: Tensor | None, right: Tensor) -> Tensor:
+    """Lᵀ right."""
+    if root is None:
+        return right
+    if root.dim() == 1:
+        return right * root[:, None]
+    return (root.mT @ right.unflatten(0, root.shape[:-1])).flatten(0, 1) if root.dim() == 3 else root.T @ right
 
 
 def damped_root(covariance: Tensor, damping: float, size: int = 1) -> Tensor:
@@ -165,8 +180,7 @@ def whiten(statistics: Moments, damping: float) -> WhitenedGradient:
     d_out, d_in = statistics.gradient.shape
     output_root = damped_root(statistics.output_grad_covariance, damping, d_out)
     input_root = damped_root(statistics.input_covariance, damping, d_in)
-    half = _solve(output_root, statistics.gradient.double())
-    return WhitenedGradient(output_root, input_root, _solve(input_root, half.T).T)
+    return WhitenedGradient.of(statistics.gradient, output_root, input_root)
 
 
 def as_it_is(statistics: Moments) -> WhitenedGradient:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,11 @@ from onestep_peft.step.candidates import Bundle, Candidate, Evidence, build_cand
 from onestep_peft.step.guard import cross_fitted, judge, surely_worse
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import PART_EVALUATIONS, SearchResult, search_step_size
+from onestep_peft.step.outcome import WALK, Clock, StepOutcome, StepSettings
 from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import Statistics
+from onestep_peft.step.walk import Walk, products
 
 # Rows are dealt into so many folds for the guard: each fold judges what the others chose.
 FOLDS = 4
@@ -26,69 +27,8 @@ FOLDS = 4
 Progress = Callable[[str, float, float], None]
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """What the user fixed about the step.
-
-    Args:
-        directions: Names of the candidates; see `step.directions`.
-        step_size: A fixed η, or None for a search.
-        damping: λ, in units of a covariance's mean eigenvalue, ≥ 0.
-        rank: The most that an update's rank may be; None leaves it to each layer.
-        guard: Whether held-out rows may refuse the step.
-        guard_confidence: Share of resamples that must agree before the evidence counts as strong.
-        settled: Whether the direction that the first step takes holds for the later ones.
-        parts: Into how many parts the rows are dealt, each with a body of its own; see `step.bodies`.
-    """
-
-    directions: Sequence[str]
-    step_size: float | None
-    damping: float
-    rank: int | None
-    guard: bool
-    guard_confidence: float
-    settled: bool = False
-    parts: int = 1
-
-
-@dataclass
-class StepOutcome:
-    """What one step did. Losses are means over rows in nats, NaN where no held-out rows were at hand.
-
-    `step_size` and `candidates` speak of the first part of what moves, `parts` of the searches for the others. `reach`
-    has, by part, the step size in units of the first one tried.
-    """
-
-    direction: str
-    step_size: float
-    candidates: list[tuple[str, SearchResult]]
-    loss_before: float
-    loss_after: float
-    accepted: bool
-    reason: str
-    energy_lost: float = 0.0
-    share_moved: float = 0.0
-    parts: list[tuple[str, SearchResult]] = field(default_factory=list)
-    head_refitted: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
-    reach: dict[str, float] = field(default_factory=dict)
-
-
-class _Clock:
-    """Wall time by part, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part] = now - self._last
-        self._last = now
-
-
 class OneStepOptimizer(torch.optim.Optimizer):
-    """Moves once, along the best of its candidates, as far as the held-out rows say.
+    """Moves once, along the best of its candidates, as far as the held-out rows say; a walk goes on from there.
 
     The pass adds up gradients of *summed* losses (in `.grad` and in the statistics) and calls `count` for every
     micro-batch; `finish_pass` divides once by the exact number of items. `step` then builds the candidates,
@@ -107,6 +47,10 @@ class OneStepOptimizer(torch.optim.Optimizer):
 
     Attributes:
         bodies: Those of the parts.
+        walk: What goes on from a step.
+        done: Steps made so far, the small ones of a walk among them.
+        loss: Mean loss of the last pass' rows, in nats.
+        seconds: Wall time of the last step by part.
         goes_on: Whether another pass over the same rows follows the step.
         gradient_norm: Of the last pass' mean gradient, over all layers whose update is a product; None without such.
     """
@@ -124,7 +68,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
     ) -> None:
         rate = settings.step_size if settings.step_size is not None else 1.0
         # What the next step goes by travels in Trainer's checkpoints with the rate.
-        super().__init__(list(parameters), {"lr": rate, "scale": 1.0, "direction": ""})
+        super().__init__(list(parameters), {"lr": rate, "scale": 1.0})
         self.settings = settings
         self.layers = layers
         self.statistics = statistics or {}
@@ -135,7 +79,10 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self._items = self._covered = 0.0
         self._covers = True
         self.bodies = Bodies(self._parameters if body is None else body, settings.parts, lambda: self.state)
+        self.walk = Walk(layers, self._parameters, settings.rank)
         self.goes_on = False
+        self.done, self.loss = 0, math.nan
+        self.seconds: dict[str, float] = {}
         self.gradient_norm: float | None = None
 
     @property
@@ -145,7 +92,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
     def begin_pass(self) -> None:
         """Empties the sums: a pass that was cut short leaves nothing behind."""
         self._items = self._covered = 0.0
-        self.cover(True)
+        self.cover(not self.walk.under_way)  # a walk keeps the metric that it began with
         self.bodies.begin_pass()
         self.gradients.reset()
         for record in self.statistics.values():
@@ -191,6 +138,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         named |= {f"gradient.{i}": total for i, total in self.gradients.sums().items()}
         for name, record in self.statistics.items():
             named |= {f"statistics.{name}.{key}": total for key, total in record.sums().items()}
+        named |= {f"walk.{name}": tensor for name, tensor in self.walk.tensors().items()}
         return named | {f"bodies.{name}": tensor for name, tensor in self.bodies.tensors().items()}
 
     def load_sums(self, named: Mapping[str, Tensor]) -> None:
@@ -199,7 +147,17 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self.gradients.load(below("gradient", named))
         for name, record in self.statistics.items():
             record.load(below(f"statistics.{name}", named))
+        self.walk.load(below("walk", named))
         self.bodies.load(below("bodies", named))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim, with what a walk goes by."""
+        return {**super().state_dict(), "walk": self.walk.tensors()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.optim."""
+        self.walk.load(state_dict.get("walk", {}))
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "walk"})
 
     @torch.no_grad()
     def finish_pass(self) -> float:
@@ -240,19 +198,30 @@ class OneStepOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Builds the candidates, searches, moves, guards; the outcome is appended to `outcomes`."""
+        """Builds the candidates, searches, moves, guards; the outcome is appended to `outcomes`.
+
+        On a walk all but the first slice's rows make a small step, and the last one's are followed by the guard.
+        """
         loss = closure() if closure is not None else None
-        clock = _Clock()
+        clock = Clock()
+        if self.walk.under_way:
+            self._walk_on(clock)
+        else:
+            self._first_step(clock)
+        self.seconds = clock.seconds
+        self.done += 1
+        return loss
+
+    def _first_step(self, clock: Clock) -> None:
         before = Snapshot(self._parameters)
         evidence = Evidence(self.layers, self.statistics, self.gradients, before)
         settings = self.settings
-        settled = self.param_groups[0]["direction"] if settings.settled else ""
-        names = [settled] if settled else settings.directions
-        candidates = build_candidates(evidence, names, damping=settings.damping, rank=settings.rank)
+        so_far = products(self.layers) if settings.walks else {}
+        candidates = build_candidates(evidence, settings.directions, damping=settings.damping, rank=settings.rank)
         clock.lap("directions")
         if not candidates:
             self.outcomes.append(self._nothing_to_move())
-            return loss
+            return
         kept = False
         try:
             outcome = self._decide(candidates, clock)
@@ -262,22 +231,60 @@ class OneStepOptimizer(torch.optim.Optimizer):
                 )
             else:
                 self.bodies.forget()
+            if outcome.accepted and settings.walks and self._losses is not None:
+                self.walk.begin(
+                    evidence, so_far, damping=settings.damping, loss=self.loss, losses=self._losses()
+                )  # fmt: skip
             kept = outcome.accepted
         finally:  # an error or an interruption in the search leaves the model as it was
             if not kept:
                 before.restore()
         processes.broadcast(self._parameters)
         clock.lap("guard")
-        outcome.seconds = clock.seconds
         self.outcomes.append(outcome)
         self.go_on_from(outcome)
-        return loss
+
+    def _walk_on(self, clock: Clock) -> None:
+        walk, place = self.walk, self.done % self.settings.slices
+        before = Snapshot(self._parameters)
+        try:
+            walk.advance(
+                self.statistics, self.gradients, left=1 - (place - 1) / (self.settings.slices - 1), loss=self.loss
+            )
+            clock.lap("directions")
+            if place == self.settings.slices - 1:
+                self.outcomes.append(self._end_of_walk())
+                walk.forget()
+                clock.lap("guard")
+        except BaseException:
+            before.restore()
+            raise
+
+    def _end_of_walk(self) -> StepOutcome:
+        """Whether held-out rows have gained by the small steps; else the model is back where they began."""
+        assert self._losses is not None
+        before, after = self.walk.losses, self._losses()
+        verdict = judge(before, after, confidence=self.settings.guard_confidence)
+        accepted = verdict.accepted or not self.settings.guard
+        reason = verdict.reason if self.settings.guard else "accepted: not guarded"
+        if not accepted:
+            self.walk.go_back()
+        losses = float(before.mean()), float(after.mean())
+        return StepOutcome(WALK, self.walk.step_size, [], *losses, accepted, reason)
+
+    def ended_steps(self) -> list[StepOutcome]:
+        """What the steps of the walk through the rows that has just ended did; empty where it goes on."""
+        if self.walk.under_way:
+            return []
+        if self.settings.walks:  # the search, and where it found something the small steps together
+            return self.outcomes[-2:] if self.outcomes[-1].direction == WALK else self.outcomes[-1:]
+        slices = self.settings.slices
+        return self.outcomes[-slices:] if self.done % slices == 0 else []
 
     def go_on_from(self, outcome: StepOutcome) -> None:
-        """Lets the next step's search start where this one's ended, and take its direction where that is settled."""
+        """Lets the next step's search start where this one's ended."""
         if outcome.share_moved > 0:
             for group in self.param_groups:
-                group["direction"] = outcome.direction
                 group["scale"] = outcome.share_moved / share_at_start(outcome.direction)
 
     def _nothing_to_move(self) -> StepOutcome:
@@ -287,7 +294,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         )
         return StepOutcome(self.settings.directions[0], 0.0, [], before, before, False, reason)
 
-    def _decide(self, candidates: Sequence[Candidate], clock: _Clock) -> StepOutcome:
+    def _decide(self, candidates: Sequence[Candidate], clock: Clock) -> StepOutcome:
         """Searches and judges; leaves the model at the best point, accepted or not."""
         outcome, trials = self._search(candidates)
         clock.lap("search")

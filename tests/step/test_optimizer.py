@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from onestep_peft.step.candidates import Candidate, ParameterRay
 from onestep_peft.step.layers import Layer, LowRank
 from onestep_peft.step.line_search import LOOKS
-from onestep_peft.step.optimizer import OneStepOptimizer, StepOutcome, StepSettings
+from onestep_peft.step.optimizer import OneStepOptimizer
+from onestep_peft.step.outcome import StepOutcome, StepSettings
 from onestep_peft.step.statistics import observed
 from tests.conftest import same_bits
 

@@ -1,0 +1,220 @@
+"""What follows the step on a walk: small steps over further rows, along a metric and at a pace that the step settled.
+
+Each slice of rows that comes after the step moves the layers along its natural gradient under K-FAC, whitened by the
+covariances that the step was made of. An update that is a product of rank r stays one: the gradient is projected onto
+the tangent space of the matrices of rank r where the update stands, and the sum is cut to rank r again, both in K-FAC's
+metric. Sources: Martens & Grosse, ICML 2015 (the metric); Vandereycken, "Low-rank matrix completion by Riemannian
+optimization", SIAM Journal on Optimization 23, 2013 (the manifold, its tangent space and the way back to it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from onestep_peft.step import processes
+from onestep_peft.step.candidates import Evidence, least
+from onestep_peft.step.directions import RESOLUTION, WhitenedGradient, solve, solve_transposed, times_transposed, whiten
+from onestep_peft.step.layers import PARTS, Layer, LowRank, Prompt
+from onestep_peft.step.natural import RowGradients
+from onestep_peft.step.parameter_gradients import ParameterGradients
+from onestep_peft.step.statistics import LayerStatistics, Statistics
+
+# The first small step's length, in units of the multiple of the natural gradient that the step itself came to. From
+# there the pace falls to nothing in a straight line, so that the noise of the last rows is averaged out.
+PACE = 0.3
+# A slice whose mean loss is above this multiple of the first rows' tells that the walk has gone astray.
+ASTRAY = 1.5
+# What moves where there are no layers.
+PLAIN = "parameters"
+
+Products = Mapping[str, LowRank | None]
+
+
+def products(layers: Iterable[Layer | Prompt]) -> dict[str, LowRank | None]:
+    """What has been written so far, by name, to the layers whose update is a product."""
+    return {layer.name: layer.read() for layer in layers if isinstance(layer, Layer) and layer.read is not None}
+
+
+def along_the_product(
+    update: LowRank, gradient: Tensor, output_root: Tensor | None, input_root: Tensor | None, *, rate: float, rank: int
+) -> LowRank:
+    """A step down the natural gradient from W = L R, on the manifold of matrices of its rank.
+
+    With M = L_Sᵀ W L_A (the same in white coordinates), Γ = L_S⁻¹ G L_A⁻ᵀ, and P and Q the projectors on M's column and
+    row space: M ← M − rate · (PΓ + ΓQ − PΓQ), cut to `rank`. No `(d_out, d_in)` matrix but G itself is made.
+
+    Args:
+        update: W.
+        gradient: G, `(d_out, d_in)`.
+        output_root: L_S, as in `WhitenedGradient`.
+        input_root: L_A.
+        rank: At most W's.
+    """
+    gradient = gradient.double()
+    u, v, core = _spaces(times_transposed(output_root, update.left.double()),
+                         times_transposed(input_root, update.right.double().T))  # fmt: skip
+    across = solve(output_root, gradient @ solve_transposed(input_root, v))  # ΓV, (d_out, k)
+    down = solve(input_root, gradient.T @ solve_transposed(output_root, u)).T  # UᵀΓ, (k, d_in)
+    beside = across - u @ (u.T @ across)
+    moved = LowRank(torch.cat([u, -rate * beside], 1), torch.cat([core @ v.T - rate * down, v.T], 0))
+    white, _ = moved.truncated(rank)
+    left, right = solve_transposed(output_root, white.left), solve_transposed(input_root, white.right.T).T
+    return LowRank(left.to(update.left.dtype), right.to(update.right.dtype))
+
+
+def _spaces(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U `(m, k)`, V `(n, k)`, both orthonormal, and C `(k, k)` with left rightᵀ = U C Vᵀ, k its rank."""
+    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
+    a, sigma, bt = torch.linalg.svd(r_left @ r_right.T)
+    keep = sigma > RESOLUTION * sigma[0]
+    return q_left @ a[:, keep], q_right @ bt[keep].T, sigma[keep].diag()
+
+
+class Walk:
+    """Goes on from where a step ended, slice by slice.
+
+    Args:
+        layers: What moves.
+        parameters: All that may move; without layers they are moved along their gradients as they are.
+        rank: The most that an update's rank may be; None leaves it to each layer.
+
+    Attributes:
+        under_way: Whether a step has been taken that the walk goes on from.
+    """
+
+    def __init__(self, layers: Sequence[Layer | Prompt], parameters: Sequence[Tensor], rank: int | None) -> None:
+        self._layers, self._parameters, self._rank = layers, parameters, rank
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def under_way(self) -> bool:
+        return bool(self._kept)
+
+    def forget(self) -> None:
+        """There is no walk any more."""
+        self._kept = {}
+
+    @property
+    def losses(self) -> Tensor:
+        """The held-out rows' losses where the walk began, `(rows,)`."""
+        return self._kept["losses"]
+
+    @property
+    def step_size(self) -> float:
+        """The largest multiple of the natural gradient that a step of the first part may take."""
+        rates = (self._kept.get(f"rate/{part}") for part in (*PARTS, PLAIN))
+        return PACE * float(next(rate for rate in rates if rate is not None))
+
+    @torch.no_grad()
+    def begin(self, evidence: Evidence, before: Products, *, damping: float, loss: float, losses: Tensor) -> None:
+        """Notes the metric, the pace and the place from which the walk goes on.
+
+        Args:
+            evidence: What the pass of the step has left, with the parameters as they were before the step.
+            before: The products as they were before the step.
+            damping: As in `whiten`.
+            loss: Mean loss of the step's rows, in nats.
+            losses: Of the held-out rows after the step, `(rows,)`.
+        """
+        device = self._parameters[0].device
+        self._kept = {"loss": torch.tensor(loss, dtype=torch.float64), "losses": losses.detach().clone()}
+        found: dict[str, tuple[float, float]] = {}
+
+        def note(part: str, slope: Tensor, energy: Tensor) -> None:
+            so_far = found.get(part, (0.0, 0.0))
+            found[part] = so_far[0] + float(slope), so_far[1] + float(energy)
+
+        for layer in self._layers:
+            record = evidence.statistics[layer.name]
+            if record.is_noise():
+                continue
+            assert isinstance(record, LayerStatistics | RowGradients)
+            white = whiten(record, damping)
+            cut = least(layer.rank, self._rank)
+            energy = white.white.square().sum() if cut is None else white.sigma[:cut].square().sum()
+            note(layer.part, (record.gradient * _moved(layer, evidence, before)).sum(), energy)
+            for name, root in (("output", white.output_root), ("input", white.input_root)):
+                if root is not None:
+                    self._kept[f"{name}/{layer.name}"] = root
+        if not self._layers:
+            for parameter, gradient in evidence.gradients.all():
+                moved = parameter.float() - evidence.before.of(parameter).to(device).float()
+                note(PLAIN, (gradient * moved).sum(), gradient.square().sum())
+        for part, (slope, squares) in found.items():
+            multiple = -slope / squares if slope < 0 < squares else 0.0
+            self._kept[f"rate/{part}"] = torch.tensor(multiple, dtype=torch.float64)
+        self._kept |= {f"start/{i}": parameter.detach().clone() for i, parameter in enumerate(self._parameters)}
+
+    @torch.no_grad()
+    def advance(
+        self, statistics: Mapping[str, Statistics], gradients: ParameterGradients, *, left: float, loss: float
+    ) -> None:
+        """One small step along the natural gradient of a slice of rows.
+
+        Args:
+            statistics: Of the slice, by layer name.
+            gradients: Of the slice.
+            left: Which share of the walk is left, 1 at its beginning.
+            loss: Mean loss of the slice's rows before the step, in nats. Far above that of the step's own rows it sends
+                the walk back to where it began, to go on at half the pace.
+        """
+        if not loss <= ASTRAY * float(self._kept["loss"]):
+            self.go_back()
+            for name in self._kept:
+                if name.startswith("rate/"):
+                    self._kept[name] = self._kept[name] / 2
+            return
+        for layer in self._layers:
+            if f"input/{layer.name}" in self._kept:
+                gradient = statistics[layer.name].gradient
+                self._move(layer, gradient, left * PACE * float(self._kept[f"rate/{layer.part}"]))
+        if not self._layers:
+            rate = left * PACE * float(self._kept[f"rate/{PLAIN}"])
+            for parameter, gradient in gradients.all():
+                parameter.copy_(parameter.float() - rate * gradient)
+        processes.broadcast(self._parameters)
+
+    def _move(self, layer: Layer | Prompt, gradient: Tensor, rate: float) -> None:
+        output_root, input_root = self._kept.get(f"output/{layer.name}"), self._kept[f"input/{layer.name}"]
+        if isinstance(layer, Layer) and layer.parameter is None:
+            assert layer.read is not None and layer.write is not None
+            so_far = layer.read()
+            if so_far is not None:
+                rank = least(layer.rank, self._rank) or so_far.rank
+                layer.write(along_the_product(so_far, gradient, output_root, input_root, rate=rate, rank=rank))
+            return
+        natural = WhitenedGradient.of(gradient, output_root, input_root).whole()
+        assert layer.parameter is not None
+        parameter = layer.parameter()
+        matrix = layer.as_matrix(parameter) if isinstance(layer, Layer) else parameter
+        matrix.copy_(matrix.float() - rate * natural)
+
+    @torch.no_grad()
+    def go_back(self) -> None:
+        """Gives every parameter the bits that it had where the walk began."""
+        for i, parameter in enumerate(self._parameters):
+            parameter.copy_(self._kept[f"start/{i}"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the walk goes by, by name; empty where none is under way."""
+        return dict(self._kept)
+
+    def load(self, named: Mapping[str, Tensor]) -> None:
+        """Takes over what `tensors` returned."""
+        device = self._parameters[0].device
+        self._kept = {name: tensor.to(device) for name, tensor in named.items()}
+
+
+def _moved(layer: Layer | Prompt, evidence: Evidence, before: Products) -> Tensor:
+    """By how much a step has moved a layer, `(d_out, d_in)`."""
+    if layer.name in before and isinstance(layer, Layer) and layer.read is not None:
+        now, then = layer.read(), before[layer.name]
+        zero = torch.zeros(())
+        return (now.dense() if now is not None else zero) - (then.dense() if then is not None else zero)
+    assert layer.parameter is not None
+    parameter = layer.parameter()
+    moved = parameter.float() - evidence.before.of(parameter).to(parameter.device).float()
+    return layer.as_matrix(moved) if isinstance(layer, Layer) else moved

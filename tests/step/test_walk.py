@@ -1,0 +1,240 @@
+"""The small steps of a walk: each against the same formulas written out densely in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from onestep_peft.step import walk as walk_module
+from onestep_peft.step.directions import damped_root
+from onestep_peft.step.layers import Layer, LowRank
+from onestep_peft.step.optimizer import OneStepOptimizer
+from onestep_peft.step.outcome import WALK, StepSettings
+from onestep_peft.step.statistics import observed
+from onestep_peft.step.walk import ASTRAY, PACE, Walk, along_the_product
+from tests.conftest import same_bits
+from tests.step.test_optimizer import ROWS, data, net, one_pass, row_losses, settings
+
+SLICES = 4
+
+
+def matrix(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def covariance(d: int, seed: int) -> Tensor:
+    x = matrix(3 * d, d, seed=seed)
+    return x.T @ x / len(x)
+
+
+ROOTS: dict[str, tuple[Callable[[], Tensor | None], Callable[[Tensor | None, int], Tensor]]] = {
+    "dense": (lambda: damped_root(covariance(12, 3), 0.1), lambda root, d: root),
+    "blocks": (
+        lambda: damped_root(torch.stack([covariance(4, 4), covariance(4, 5), covariance(4, 6)]), 0.1),
+        lambda root, d: torch.block_diag(*root),
+    ),
+    "diagonal": (lambda: matrix(12, seed=7).abs() + 0.1, lambda root, d: root.diag()),
+    "identity": (lambda: None, lambda root, d: torch.eye(d, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("kind", ROOTS)
+@pytest.mark.parametrize("rank", [3, 2])
+def test_a_step_on_the_product_is_the_projected_one_cut_to_its_rank(kind: str, rank: int) -> None:
+    """Against the dense formula: projectors on the update's spaces in white coordinates, an SVD, and back."""
+    make, dense = ROOTS[kind]
+    input_root, output_root = make(), damped_root(covariance(9, 8), 0.1)
+    a, s, gradient, rate = dense(input_root, 12), output_root, matrix(9, 12, seed=9), 0.05
+    update = LowRank(matrix(9, 3, seed=10), matrix(3, 12, seed=11))
+    found = along_the_product(update, gradient, output_root, input_root, rate=rate, rank=rank)
+
+    white, gamma = s.T @ update.dense() @ a, torch.linalg.inv(s) @ gradient @ torch.linalg.inv(a).T
+    u, _, vt = torch.linalg.svd(white)
+    p, q = u[:, :3] @ u[:, :3].T, vt[:3].T @ vt[:3]
+    moved = white - rate * (p @ gamma + gamma @ q - p @ gamma @ q)
+    u, sigma, vt = torch.linalg.svd(moved)
+    expected = torch.linalg.inv(s).T @ (u[:, :rank] * sigma[:rank]) @ vt[:rank] @ torch.linalg.inv(a)
+    assert found.rank <= rank
+    assert torch.allclose(found.dense(), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_rows_of_the_adapter_that_the_update_does_not_use_have_no_say() -> None:
+    """B is zero there, so A's rows, drawn at random, span nothing."""
+    left, right, gradient = matrix(9, 2, seed=1), matrix(2, 12, seed=2), matrix(9, 12, seed=3)
+    padded = LowRank(torch.cat([left, torch.zeros(9, 4)], 1), torch.cat([right, matrix(4, 12, seed=4)], 0))
+    one = along_the_product(LowRank(left, right), gradient, None, None, rate=0.1, rank=6)
+    other = along_the_product(padded, gradient, None, None, rate=0.1, rank=6)
+    assert torch.allclose(one.dense(), other.dense(), rtol=1e-9, atol=1e-11)
+
+
+def test_at_full_rank_it_is_the_natural_gradient() -> None:
+    update, gradient = LowRank(matrix(4, 4, seed=1), matrix(4, 6, seed=2)), matrix(4, 6, seed=3)
+    root = damped_root(covariance(6, 5), 0.1)
+    found = along_the_product(update, gradient, None, root, rate=0.1, rank=4)
+    expected = update.dense() - 0.1 * gradient @ torch.linalg.inv(root @ root.T)
+    assert torch.allclose(found.dense(), expected, rtol=1e-9, atol=1e-11)
+
+
+def in_place(name: str, module: nn.Linear) -> Layer:
+    """A layer whose update goes into its weight."""
+    shape = (module.out_features, module.in_features)
+    return Layer(name, module, shape, float(module.weight.norm()), None, parameter=lambda: module.weight)
+
+
+def as_product(name: str, module: nn.Linear, rank: int) -> Layer:
+    """A layer whose update is a product of this rank, which two parameters hold."""
+    d_out, d_in = module.weight.shape
+    start = module.weight.detach().clone()
+    held: list[LowRank] = []
+    module.weight.requires_grad_(False)
+
+    def write(update: LowRank) -> float:
+        held[:] = [update]
+        with torch.no_grad():
+            module.weight.copy_(start + update.dense())
+        return 0.0
+
+    return Layer(name, module, (d_out, d_in), float(start.norm()), rank, lambda: (held or [None])[0], write)
+
+
+def walked(
+    model: nn.Sequential, layers: list[Layer], until: int = SLICES, **changes: object
+) -> tuple[OneStepOptimizer, list[list[Tensor]]]:
+    """A walk through so many slices; also all parameters after each of them."""
+    seen = []
+    chosen: StepSettings = settings(**{"directions": ("kfac",), "slices": SLICES, "rank": None, **changes})
+    with observed(layers) as statistics:
+        optimizer = OneStepOptimizer(
+            model.parameters(), chosen, layers=layers, statistics=statistics,
+            held_out_losses=row_losses(model, *data(seed=5)),
+        )  # fmt: skip
+        for number in range(until):
+            x, y = data(seed=10 + number)
+            with torch.no_grad():
+                loss = float(nn.functional.cross_entropy(model(x), y))
+            one_pass(optimizer, model, x, y, (ROWS,))
+            optimizer.loss = loss
+            optimizer.step()
+            seen.append([parameter.detach().clone() for parameter in model.parameters()])
+    return optimizer, seen
+
+
+def natural(model: nn.Sequential, start: nn.Sequential, seed: int) -> Tensor:
+    """K-FAC's natural gradient of the first layer's weight, with covariances of the first slice at the start."""
+    x, y = data(seed=10)
+    first = start.double()
+    h = first[0](x.double()).detach().requires_grad_()
+    nn.functional.cross_entropy(first[2](torch.tanh(h)), y, reduction="sum").backward()
+    live = h.grad.abs().amax(1) > 0
+    factors = [x.double()[live].T @ x.double()[live] / live.sum(), h.grad.T @ h.grad / ROWS]
+    a, s = (m + 0.1 * m.trace() / len(m) * torch.eye(len(m), dtype=torch.float64) for m in factors)
+    x, y = data(seed=seed)
+    wide = model.double()
+    gradient = torch.autograd.grad(nn.functional.cross_entropy(wide(x.double()), y), wide[0].weight)[0]
+    return torch.linalg.solve(s, gradient) @ torch.linalg.inv(a)
+
+
+def model_with(parameters: list[Tensor]) -> nn.Sequential:
+    model = net()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), parameters, strict=True):
+            parameter.copy_(value)
+    return model
+
+
+def test_small_steps_go_down_the_natural_gradient_at_a_falling_pace() -> None:
+    """The first by PACE times the step that the search found, in multiples of the natural gradient."""
+    model = net()
+    optimizer, seen = walked(model, [in_place("first", model[0])])
+    step, walk = optimizer.outcomes
+    assert step.accepted and step.direction == "kfac" and walk.direction == WALK
+    assert math.isclose(walk.step_size, PACE * step.step_size, rel_tol=1e-4)
+    for number in range(1, SLICES):
+        before = model_with(seen[number - 1])
+        left = 1 - (number - 1) / (SLICES - 1)
+        expected = before[0].weight.detach().double() - left * walk.step_size * natural(before, net(), 10 + number)
+        assert torch.allclose(seen[number][0].double(), expected, rtol=1e-4, atol=1e-6)
+        assert all(same_bits(now, then) for now, then in zip(seen[number][1:], seen[number - 1][1:], strict=True))
+
+
+def test_an_update_of_rank_one_stays_one() -> None:
+    model = net()
+    start = model[0].weight.detach().clone()
+    optimizer, seen = walked(model, [as_product("first", model[0], 1)])
+    assert optimizer.outcomes[0].accepted
+    for before, after in zip(seen[:-1], seen[1:], strict=True):
+        assert not same_bits(before[0], after[0])
+        sigma = torch.linalg.svdvals((after[0] - start).double())
+        assert sigma[1] < 1e-5 * sigma[0]
+
+
+def test_without_layers_the_parameters_follow_their_gradients() -> None:
+    model = net()
+    optimizer, seen = walked(model, [], until=2, directions=("sgd",))
+    rate = optimizer.walk.step_size
+    assert math.isclose(rate, PACE * optimizer.outcomes[0].step_size, rel_tol=1e-4)
+    before = model_with(seen[0])
+    x, y = data(seed=11)
+    gradients = torch.autograd.grad(nn.functional.cross_entropy(before(x), y), list(before.parameters()))
+    for now, then, gradient in zip(seen[1], seen[0], gradients, strict=True):
+        assert torch.allclose(now, then - rate * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_first_step_that_is_refused_ends_the_walk() -> None:
+    model = net()
+    worse = row_losses(model, *data(seed=5))
+    with observed([in_place("first", model[0])]) as statistics:
+        optimizer = OneStepOptimizer(
+            model.parameters(), settings(directions=("kfac",), slices=SLICES), layers=[in_place("first", model[0])],
+            statistics=statistics, held_out_losses=lambda: -worse(),
+        )  # fmt: skip
+        one_pass(optimizer, model, *data(seed=10), (ROWS,))
+        optimizer.step()
+    assert not optimizer.walk.under_way and [one.accepted for one in optimizer.ended_steps()] == [False]
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_walk_that_does_not_help_ends_where_it_began(guard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a pace far too large; unguarded it stays, as asked."""
+    monkeypatch.setattr(walk_module, "PACE", -3.0)  # uphill, and never so steep as to go back
+    monkeypatch.setattr(walk_module, "ASTRAY", math.inf)
+    model = net()
+    optimizer, seen = walked(model, [in_place("first", model[0])], guard=guard)
+    walk = optimizer.outcomes[-1]
+    assert walk.loss_after > walk.loss_before and walk.accepted is not guard
+    assert all(same_bits(now, then) for now, then in zip(seen[-1], seen[0], strict=True)) is guard
+    assert [one.direction for one in optimizer.ended_steps()] == ["kfac", WALK]
+
+
+@pytest.mark.parametrize("loss", [1.01 * ASTRAY, math.nan])
+def test_rows_that_lose_far_more_send_the_walk_back_at_half_the_pace(loss: float) -> None:
+    model = net()
+    optimizer, seen = walked(model, [in_place("first", model[0])], until=3)
+    pace, first = optimizer.walk.step_size, float(optimizer.walk.tensors()["loss"])
+    one_pass(optimizer, model, *data(seed=20), (ROWS,))
+    optimizer.walk.advance(optimizer.statistics, optimizer.gradients, left=0.5, loss=loss * first)
+    assert all(same_bits(now.detach(), then) for now, then in zip(model.parameters(), seen[0], strict=True))
+    assert optimizer.walk.step_size == pace / 2
+
+
+def test_a_walk_goes_on_from_what_was_kept_of_it() -> None:
+    model = net()
+    optimizer, seen = walked(model, [in_place("first", model[0])], until=2)
+    one_pass(optimizer, model, *data(seed=12), (ROWS,))
+    other = Walk([in_place("first", model[0])], list(model.parameters()), None)
+    assert not other.under_way
+    other.load({name: tensor.clone() for name, tensor in optimizer.state_dict()["walk"].items()})
+    assert other.under_way
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    results = []
+    for walk in (optimizer.walk, other):
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.data.copy_(value)
+        walk.advance(optimizer.statistics, optimizer.gradients, left=0.5, loss=0.1)
+        results.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert not same_bits(results[0][0], before[0])
+    assert all(same_bits(one, two) for one, two in zip(*results, strict=True))
