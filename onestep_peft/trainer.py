@@ -246,6 +246,7 @@ class OneStepTrainer(SavingTrainer):
             return
         self.one_step.bodies.check()
         if self.state.global_step > 0:  # from Trainer's checkpoint, which has the head, but not those of the folds
+            self.one_step.done = self.state.global_step
             self.refit_fold_heads()
             return
         self.measure("base")

@@ -108,16 +108,33 @@ def test_a_resumed_run_makes_the_same_update(kind: str, tmp_path: Path) -> None:
     assert not (tmp_path / "cut" / FOLDER).exists()
 
 
-def test_a_run_in_slices_goes_on_in_its_slice(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"slices": 2, "per_device_train_batch_size": 4}
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("after", "left"), [(5 + 3, 4 + 6), (5 + 5 + 3, 4)], ids=["second slice", "last slice"])
+def test_a_walk_goes_on_in_its_slice(method: str, after: int, left: int, tmp_path: Path) -> None:
+    # 140 rows in three slices are 6 micro-batches each, the last of which is no substep.
+    options: dict[str, Any] = {"slices": 3, "method": method, "rows": toy_rows(200, seed=1), "guard": False}
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
-    cut(tmp_path / "cut", 6 + 5, **options)  # both slices have 7 micro-batches, the last of which is no substep
+    assert [step["direction"] for step in whole.report.steps][1:] == ["walk"]
+    cut(tmp_path / "cut", after, **options)
     again, passes = resumed(tmp_path / "cut", **options)
-    assert passes == 7 - 4
+    assert passes == left
     for name, value in bits(whole.model).items():
         assert same_bits(bits(again.model)[name], value), name
     assert json.dumps(again.report.steps) == json.dumps(whole.report.steps)
+
+
+def test_a_walk_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "slices": 3, "rows": toy_rows(200, seed=1), "guard": False, "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    again = trainer(tmp_path / "again", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again.state.global_step == 3 and [step["direction"] for step in again.report.steps] == ["walk"]
+    for name, value in bits(whole.model).items():
+        assert same_bits(bits(again.model)[name], value), name
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora, two steps", "full", "prompt, rows kept"])
