@@ -94,7 +94,7 @@ class ExactGradientTrainer(Trainer):
         rows: Any = self.train_dataset
         self._sliced = None
         if self.slices > 1:
-            lead = LEAD if cast(OneStepConfig, self.args).fixed_step_size is None else 0.0
+            lead = LEAD if cast(OneStepConfig, self.args).walks else 0.0
             self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
         elif self.parts * self.shares > 1:
             self._sliced = PartedRows(rows, self.parts, self.shares, self._train_batch_size)

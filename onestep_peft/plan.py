@@ -112,7 +112,10 @@ class Plan:
         return "\n".join([*lines, *self._memory_lines(), *self._work_lines()]) + "\n"
 
     def _slices_said(self) -> str:
-        return f": the rows are walked through in {self.slices} slices, with a step after each" * (self.slices > 1)
+        if self.slices == 1:
+            return ""
+        then = "with a step after each" if self.step_size is not None else "searched after the first, the longest"
+        return f": the rows are walked through in {self.slices} slices, {then}"
 
     def _rank_said(self) -> str:
         """Of the directions whose names do not tell theirs."""
@@ -198,6 +201,8 @@ def make_plan(
     if parts > 1:
         kept = sum(layer.shape[0] * layer.shape[1] for layer in layers if _in_place(layer))
         memory["bodies"] = parts * (memory["statistics"] + FP32 * kept + memory["snapshot"] // 2)
+    if config.walks:
+        memory["walk"] = memory["snapshot"] // 2 + _metric_size(layers, directions)
     return Plan(
         method=method,
         directions=tuple(directions),
@@ -270,6 +275,19 @@ def _statistics_size(layers: Sequence[Layer | Prompt], directions: Sequence[str]
     return total
 
 
+def _metric_size(layers: Sequence[Layer | Prompt], directions: Sequence[str]) -> int:
+    """What a walk keeps of the covariances: their roots, in fp32."""
+    whitened = not WHITENED.isdisjoint(map(rule_of, directions))
+    total = 0
+    for layer in layers:
+        if isinstance(layer, Prompt):
+            total += FP32 * sum(d * d for d in layer.shape)
+            continue
+        sums = statistics_of(layer, whitened, torch.device("meta")).sums()
+        total += sum(sums[name].nbytes for name in ("input_covariance", "output_grad_covariance"))
+    return total
+
+
 def _directions_size(layers: Sequence[Layer | Prompt], directions: Sequence[str], rank: int | None) -> int:
     """What the candidates hold at once: a matrix, or two factors."""
     total = 0
@@ -297,9 +315,11 @@ def _forwards(
 ) -> dict[str, int]:
     held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // int(config.slices)
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
-    # One look before the first step, at which the head is fitted too; at each point; and before the later steps, but
-    # that after a walk the head's fit has just looked, unless it is taken back or bodies have stood in.
-    looks = 1 + steps * points + steps - 1
+    searches = walks if config.walks else steps
+    # One look before the first step, at which the head is fitted too; at each point; before the later searches, but
+    # that after a walk the head's fit has just looked, unless it is taken back or bodies have stood in; and after the
+    # small steps of a walk.
+    looks = 1 + searches * points + searches - 1 + walks * int(config.walks)
     if fits_head:
         # In half precision losses do not follow from the head's inputs: they take another forward after each fit.
         looks += walks * int(forgets) + (1 + walks) * int(half) + (walks - 1) * int(parts > 1)

@@ -31,10 +31,11 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task) -> int:
         ValueError: More slices than rows.
     """
     if config.slices == AUTO:
-        if config.fixed_step_size is not None or config.max_steps > 1:
+        if config.fixed_step_size is not None:
             return 1
         if task.has_head:
-            return SLICES if len(rows) >= WALK_ROWS else 1
+            # Several steps with a head have all rows each, and bodies that are out of fold.
+            return SLICES if len(rows) >= WALK_ROWS and config.max_steps == 1 else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
         return min(SLICES, len(rows)) if items >= WALK_ITEMS else 1
     slices = int(config.slices)

@@ -11,10 +11,12 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
 
-from onestep_peft import OneStepConfig, OneStepTrainer
+from onestep_peft import OneStepTrainer
 from onestep_peft.held_out import by_content, listed
 from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.slices import PartedRows, SlicedRows, number_of_shares, number_of_slices
+from onestep_peft.step import walk
+from onestep_peft.step.walk import Walk
 from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 from onestep_peft.tasks.task import UNLABELLED
 from tests.conftest import (
@@ -22,6 +24,7 @@ from tests.conftest import (
     bits,
     config_for,
     relative_difference,
+    same_bits,
     tiny_bert,
     tokenised,
     toy_rows,
@@ -101,31 +104,142 @@ def test_neither_batches_nor_order_matter(change: dict[str, Any], tmp_path: Path
         assert relative_difference(updates(other.model)[name], update) < 1e-4, name
 
 
-def test_a_slice_without_gain_does_not_end_the_walk(tmp_path: Path) -> None:
-    """With held-out rows of shuffled labels no step helps: all slices are walked, and nothing has moved."""
+def test_the_first_slice_of_a_walk_is_the_longest() -> None:
+    by_length = Dataset.from_list(sorted(listed(tokenised(ROWS)), key=lambda row: -len(row["input_ids"])))
+    rows, lengths, seen = SlicedRows(by_length, 6, 4, lead=0.5), [], []
+    for rows.current in range(6):
+        each = [rows[i] for i in range(len(rows))]
+        lengths.append((len(each), sum(row["labels"] != UNLABELLED for row in each)))
+        seen += [tuple(row["input_ids"]) for row in each if row["labels"] != UNLABELLED]
+    assert lengths == [(36, 35), *[(8, 7)] * 5]
+    assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in tokenised(ROWS))
+
+
+@pytest.mark.parametrize("lead", [0.5, 0.99])
+def test_every_slice_of_a_walk_has_a_row(lead: float) -> None:
+    by_length = Dataset.from_list(sorted(listed(tokenised(ROWS)), key=lambda row: -len(row["input_ids"])))
+    rows, counts = SlicedRows(by_length, len(ROWS), 1, lead=lead), []
+    for rows.current in range(len(ROWS)):
+        counts.append(len(rows))
+    assert counts == [1] * len(ROWS)
+
+
+WALK_ROWS_HERE = toy_rows(400, seed=1)
+
+
+def walked(folder: Path, rows: list[dict[str, Any]] = WALK_ROWS_HERE, **options: Any) -> OneStepTrainer:
+    torch.manual_seed(7)
+    trainer = trainer_for(
+        folder,
+        rows,
+        **{"model": tiny_bert(), "search_dataset": toy_rows(100, 2), "slices": 6, "fit_head": False, **options},
+    )
+    trainer.train()
+    return trainer
+
+
+def test_a_walk_searches_once_and_goes_on_from_there(tmp_path: Path) -> None:
+    trainer = walked(tmp_path, guard=False)
+    step, small = trainer.report.steps
+    assert step["accepted"] and len(step["candidates"]) == 2 and step["share_moved"] > 0
+    assert small["direction"] == "walk" and not small["candidates"] and small["accepted"]
+    assert trainer.state.global_step == 6 and trainer.report.rows["gradient"] == 400
+    assert step["loss_after"] == small["loss_before"] != small["loss_after"]
+    assert "step 2: walk, step size" in trainer.report.summary()
+
+
+def test_a_first_step_without_gain_ends_the_walk_and_nothing_has_moved(tmp_path: Path) -> None:
     held = [{**row, "label": 1 - row["label"]} for row in toy_rows(60, seed=3)]
     torch.manual_seed(7)
     trainer = trainer_for(tmp_path, ROWS, search_dataset=held, slices=3, fit_head=False)
     before = bits(trainer.model)
     trainer.train()
-    assert [step["accepted"] for step in trainer.report.steps] == [False, False, False]
+    assert [step["accepted"] for step in trainer.report.steps] == [False] and trainer.state.global_step == 1
     assert_same_bits(trainer.model, before)
 
 
-def test_the_direction_is_chosen_once_and_the_search_starts_where_the_last_ended(tmp_path: Path) -> None:
+class Gradients:
+    """What small steps were made of: the model as it was, the gradient of one layer, and the slice's mean loss."""
+
+    def __init__(self, trainer: OneStepTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[dict[str, torch.Tensor], torch.Tensor, float]] = []
+        advance = Walk.advance
+
+        def noting(walk: Walk, statistics: Any, gradients: Any, *, left: float, loss: float) -> None:
+            name = next(name for name in statistics if "query" in name)
+            state = {key: value.clone() for key, value in trainer.bare_model.state_dict().items()}
+            self.seen.append((state, statistics[name].gradient.clone(), loss))
+            advance(walk, statistics, gradients, left=left, loss=loss)
+
+        monkeypatch.setattr(Walk, "advance", noting)
+
+
+def test_each_small_step_has_the_gradient_of_its_slice_at_the_model_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one big batch in autograd, with the head that is there, not those of the folds."""
     torch.manual_seed(7)
-    trainer = trainer_for(tmp_path, toy_rows(400, 1), search_dataset=toy_rows(100, 2), slices=3)
+    trainer = trainer_for(
+        tmp_path, WALK_ROWS_HERE, model=tiny_bert(), method="full", search_dataset=toy_rows(100, 2), slices=6
+    )
+    noted = Gradients(trainer, monkeypatch)
     trainer.train()
-    first, *later = trainer.report.steps
-    assert len(first["candidates"]) == 2
-    assert [[one["direction"] for one in step["candidates"]] for step in later] == [[first["direction"]]] * 2
-    assert all(0 < step["share_moved"] < 1 for step in trainer.report.steps if step["accepted"])
+    assert len(noted.seen) == 5
+    order = by_content(listed(tokenised(WALK_ROWS_HERE)))
+    model = tiny_bert()
+    for number, (state, gradient, loss) in enumerate(noted.seen):
+        model.load_state_dict(state)
+        batch = trainer.data_collator([tokenised(WALK_ROWS_HERE)[i] for i in order[80 + number :: 5]])
+        model.zero_grad()
+        expected = model.eval()(**batch).loss
+        expected.backward()
+        layer = model.get_submodule("bert.encoder.layer.0.attention.self.query")
+        assert relative_difference(gradient, layer.weight.grad) < 1e-4
+        assert abs(loss - float(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("change", [{"per_device_train_batch_size": 3}, {"rows": WALK_ROWS_HERE[::-1]}])
+def test_neither_batches_nor_order_matter_to_a_walk(change: dict[str, Any], tmp_path: Path) -> None:
+    one, other = walked(tmp_path / "one"), walked(tmp_path / "other", **change)
+    for name, update in updates(one.model).items():
+        assert relative_difference(updates(other.model)[name], update) < 1e-3, name
+
+
+def test_a_walk_that_does_not_help_leaves_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a pace far too large the small steps are refused, and the model has the bits of the first one."""
+    monkeypatch.setattr(walk, "PACE", -0.5)  # uphill
+    monkeypatch.setattr(walk, "ASTRAY", float("inf"))
+    started = []
+    begin = Walk.begin
+
+    def noting(self: Walk, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        started.append({name: value.clone() for name, value in self.tensors().items() if name.startswith("start/")})
+
+    monkeypatch.setattr(Walk, "begin", noting)
+    trainer = walked(tmp_path)
+    assert [step["accepted"] for step in trainer.report.steps] == [True, False]
+    for parameter, value in zip(trainer.trainable(), started[0].values(), strict=True):
+        assert same_bits(parameter.detach(), value)
+
+
+@pytest.mark.parametrize(("method", "direction"), [("prompt_tuning", "auto"), ("full", "auto"), ("full", "sgd")])
+def test_every_method_walks(method: str, direction: str, tmp_path: Path) -> None:
+    fit_head: bool | str = "auto" if method == "prompt_tuning" else False
+    options: dict[str, Any] = {"search_dataset": WALK_ROWS_HERE[:100], "guard": False, "fit_head": fit_head}
+    trainer = walked(tmp_path, method=method, direction=direction, **options)
+    step, small = trainer.report.steps
+    assert small["direction"] == "walk" and small["step_size"] > 0
+    assert step["loss_after"] == small["loss_before"] != small["loss_after"] < 1.1 * step["loss_before"]
 
 
 @pytest.mark.parametrize(
     ("rows", "options", "expected"),
-    [(6, {}, 3), (40, {}, 8), (1, {}, 1), (6, {"slices": 2}, 2), (6, {"slices": "2"}, 2), (6, {"step_size": 0.1}, 1)],
-)
+    [
+        (3, {}, 1), (4, {}, 4), (40, {}, 26), (6, {"slices": 2}, 2), (6, {"slices": "2"}, 2),
+        (6, {"step_size": 0.1}, 1), (40, {"max_steps": 2}, 26),
+    ],
+)  # fmt: skip
 def test_auto_asks_how_many_tokens_a_language_model_learns(
     rows: int, options: dict[str, Any], expected: int, tmp_path: Path
 ) -> None:
@@ -135,9 +249,12 @@ def test_auto_asks_how_many_tokens_a_language_model_learns(
     assert number_of_slices(config_for(tmp_path, **options), tokens, TEXT_GENERATION) == expected
 
 
-def test_auto_is_one_for_classes() -> None:
-    rows = [{"labels": 0}] * 100_000
-    assert number_of_slices(OneStepConfig(output_dir="x", use_cpu=True), rows, TEXT_CLASSIFICATION) == 1
+@pytest.mark.parametrize(("rows", "max_steps", "expected"), [(1999, 1, 1), (2000, 1, 26), (2000, 2, 1)])
+def test_auto_asks_how_many_rows_there_are_with_classes(
+    rows: int, max_steps: int, expected: int, tmp_path: Path
+) -> None:
+    config = config_for(tmp_path, max_steps=max_steps)
+    assert number_of_slices(config, [{"labels": 0}] * rows, TEXT_CLASSIFICATION) == expected
 
 
 def test_a_run_tells_its_slices(tmp_path: Path) -> None:

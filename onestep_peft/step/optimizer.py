@@ -224,17 +224,16 @@ class OneStepOptimizer(torch.optim.Optimizer):
             return
         kept = False
         try:
-            outcome = self._decide(candidates, clock)
+            outcome, trials = self._decide(candidates, clock)
             if outcome.accepted and self.goes_on:
                 self.bodies.follow(
                     evidence, outcome.direction, outcome.reach, damping=settings.damping, rank=settings.rank
                 )
             else:
                 self.bodies.forget()
-            if outcome.accepted and settings.walks and self._losses is not None:
-                self.walk.begin(
-                    evidence, so_far, damping=settings.damping, loss=self.loss, losses=self._losses()
-                )  # fmt: skip
+            if outcome.accepted and settings.walks:
+                losses = _best(trials)  # the model stands where they were seen
+                self.walk.begin(evidence, so_far, damping=settings.damping, loss=self.loss, losses=losses)
             kept = outcome.accepted
         finally:  # an error or an interruption in the search leaves the model as it was
             if not kept:
@@ -294,8 +293,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
         )
         return StepOutcome(self.settings.directions[0], 0.0, [], before, before, False, reason)
 
-    def _decide(self, candidates: Sequence[Candidate], clock: Clock) -> StepOutcome:
-        """Searches and judges; leaves the model at the best point, accepted or not."""
+    def _decide(self, candidates: Sequence[Candidate], clock: Clock) -> tuple[StepOutcome, list[Tensor]]:
+        """Searches and judges; leaves the model at the best point, accepted or not. Also the losses of all trials."""
         outcome, trials = self._search(candidates)
         clock.lap("search")
         if outcome.accepted and trials and self.settings.guard:
@@ -304,7 +303,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
             after = cross_fitted(trials, FOLDS) if free else trials[1]
             verdict = judge(trials[0], after, confidence=self.settings.guard_confidence)
             outcome.accepted, outcome.reason = verdict.accepted, verdict.reason
-        return outcome
+        return outcome, trials
 
     def _search(self, candidates: Sequence[Candidate]) -> tuple[StepOutcome, list[Tensor]]:
         """Leaves the model at the best point of the best candidate; also every trial's losses, the first at zero."""

@@ -137,8 +137,8 @@ class Walk:
             energy = white.white.square().sum() if cut is None else white.sigma[:cut].square().sum()
             note(layer.part, (record.gradient * _moved(layer, evidence, before)).sum(), energy)
             for name, root in (("output", white.output_root), ("input", white.input_root)):
-                if root is not None:
-                    self._kept[f"{name}/{layer.name}"] = root
+                assert root is not None
+                self._kept[f"{name}/{layer.name}"] = root.float()
         if not self._layers:
             for parameter, gradient in evidence.gradients.all():
                 moved = parameter.float() - evidence.before.of(parameter).to(device).float()
@@ -178,7 +178,7 @@ class Walk:
         processes.broadcast(self._parameters)
 
     def _move(self, layer: Layer | Prompt, gradient: Tensor, rate: float) -> None:
-        output_root, input_root = self._kept.get(f"output/{layer.name}"), self._kept[f"input/{layer.name}"]
+        output_root, input_root = (self._kept[f"{side}/{layer.name}"].double() for side in ("output", "input"))
         if isinstance(layer, Layer) and layer.parameter is None:
             assert layer.read is not None and layer.write is not None
             so_far = layer.read()
