@@ -257,6 +257,7 @@ class OneStepTrainer(SavingTrainer):
 
     def end_step(self) -> bool:
         """After a step: books its times, fits the head to the moved body; returns whether to stop here."""
+        self.state.epoch = self.state.global_step / self.slices  # an epoch is a walk through all rows
         for part, seconds in self.one_step.seconds.items():
             self.seconds[part] += seconds
         steps = self.one_step.ended_steps()
@@ -392,7 +393,7 @@ class OneStepTrainer(SavingTrainer):
         """As in Trainer, with the step size that was found in place of a learning rate."""
         if "learning_rate" in logs and self.optimizer is not None and self.one_step.outcomes:
             logs = {key: value for key, value in logs.items() if key != "learning_rate"}
-            logs["step_size"] = self.one_step.outcomes[-1].step_size
+            logs["step_size"] = self.one_step.step_size
         if "grad_norm" in logs and self.optimizer is not None and self.one_step.gradient_norm is not None:
             # Trainer's is that of the adapter's parameters, which says more of how it was drawn than of the rows.
             logs = {**logs, "grad_norm": self.one_step.gradient_norm}

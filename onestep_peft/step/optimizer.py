@@ -50,6 +50,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         walk: What goes on from a step.
         done: Steps made so far, the small ones of a walk among them.
         loss: Mean loss of the last pass' rows, in nats.
+        step_size: Of the last step, a small one of a walk among them.
         seconds: Wall time of the last step by part.
         goes_on: Whether another pass over the same rows follows the step.
         gradient_norm: Of the last pass' mean gradient, over all layers whose update is a product; None without such.
@@ -81,7 +82,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self.bodies = Bodies(self._parameters if body is None else body, settings.parts, lambda: self.state)
         self.walk = Walk(layers, self._parameters, settings.rank)
         self.goes_on = False
-        self.done, self.loss = 0, math.nan
+        self.done, self.loss, self.step_size = 0, math.nan, 0.0
         self.seconds: dict[str, float] = {}
         self.gradient_norm: float | None = None
 
@@ -241,15 +242,16 @@ class OneStepOptimizer(torch.optim.Optimizer):
         processes.broadcast(self._parameters)
         clock.lap("guard")
         self.outcomes.append(outcome)
+        self.step_size = outcome.step_size
         self.go_on_from(outcome)
 
     def _walk_on(self, clock: Clock) -> None:
         walk, place = self.walk, self.done % self.settings.slices
         before = Snapshot(self._parameters)
         try:
-            walk.advance(
-                self.statistics, self.gradients, left=1 - (place - 1) / (self.settings.slices - 1), loss=self.loss
-            )
+            left = 1 - (place - 1) / (self.settings.slices - 1)
+            walk.advance(self.statistics, self.gradients, left=left, loss=self.loss)
+            self.step_size = left * walk.step_size
             clock.lap("directions")
             if place == self.settings.slices - 1:
                 self.outcomes.append(self._end_of_walk())

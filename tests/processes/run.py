@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora, two steps": {**ADAPTER, "max_steps": 2},
     "lora, sampled": {**ADAPTER, "direction": "kfac", **FIXED, "covariance_rows": 20},
     "lora, slices": {**ADAPTER, "slices": 3, "direction": "kfac", **FIXED},
-    "lora, auto, walk": {**ADAPTER, "slices": 4, "guard": False, "fit_head": False},
+    "lora, auto, walk": {**ADAPTER, "slices": 4, "guard": False},
     "lora, tokens": {**ADAPTER, **TOKENS, "direction": "kfac", **FIXED},
     "lora, texts": {**ADAPTER, **TEXTS, "direction": "kfac", **FIXED},
     "full, kfac": {"method": "full", "direction": "kfac", **FIXED},
