@@ -50,7 +50,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         walk: What goes on from a step.
         done: Steps made so far, the small ones of a walk among them.
         loss: Mean loss of the last pass' rows, in nats.
-        step_size: Of the last step, a small one of a walk among them.
+        step_size: Of the last step. A small one's is its length by that of the step that the walk began with.
         seconds: Wall time of the last step by part.
         goes_on: Whether another pass over the same rows follows the step.
         gradient_norm: Of the last pass' mean gradient, over all layers whose update is a product; None without such.
@@ -251,7 +251,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         try:
             left = 1 - (place - 1) / (self.settings.slices - 1)
             walk.advance(self.statistics, self.gradients, left=left, loss=self.loss)
-            self.step_size = left * walk.step_size
+            self.step_size = left * walk.pace
             clock.lap("directions")
             if place == self.settings.slices - 1:
                 self.outcomes.append(self._end_of_walk())
@@ -271,7 +271,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         if not accepted:
             self.walk.go_back()
         losses = float(before.mean()), float(after.mean())
-        return StepOutcome(WALK, self.walk.step_size, [], *losses, accepted, reason)
+        return StepOutcome(WALK, self.walk.pace, [], *losses, accepted, reason)
 
     def ended_steps(self) -> list[StepOutcome]:
         """What the steps of the walk through the rows that has just ended did; empty where it goes on."""

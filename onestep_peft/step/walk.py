@@ -1,10 +1,12 @@
-"""What follows the step on a walk: small steps over further rows, along a metric and at a pace that the step settled.
+"""What follows the step on a walk: small steps over further rows, in a metric and at a pace that the step settled.
 
 Each slice of rows that comes after the step moves the layers along its natural gradient under K-FAC, whitened by the
-covariances that the step was made of. An update that is a product of rank r stays one: the gradient is projected onto
-the tangent space of the matrices of rank r where the update stands, and the sum is cut to rank r again, both in K-FAC's
-metric. Sources: Martens & Grosse, ICML 2015 (the metric); Vandereycken, "Low-rank matrix completion by Riemannian
-optimization", SIAM Journal on Optimization 23, 2013 (the manifold, its tangent space and the way back to it).
+covariances that the step was made of, and each layer by a share of what the step has moved it by. An update that is a
+product of rank r stays one: the gradient is projected onto the tangent space of the matrices of rank r where the update
+stands, and the sum is cut to rank r again, both in K-FAC's metric. Sources: Martens & Grosse, ICML 2015 (the metric);
+Vandereycken, "Low-rank matrix completion by Riemannian optimization", SIAM Journal on Optimization 23, 2013 (the
+manifold, its tangent space and the way back to it); You et al., "Large batch optimization for deep learning", ICLR 2020
+(steps by a layer's own length).
 """
 
 from __future__ import annotations
@@ -16,20 +18,24 @@ from torch import Tensor
 
 from onestep_peft.step import processes
 from onestep_peft.step.candidates import Evidence, least
-from onestep_peft.step.directions import RESOLUTION, WhitenedGradient, solve, solve_transposed, times_transposed, whiten
-from onestep_peft.step.layers import PARTS, Layer, LowRank, Prompt
+from onestep_peft.step.directions import (
+    RESOLUTION,
+    WhitenedGradient,
+    damped_root,
+    solve,
+    solve_transposed,
+    times_transposed,
+)
+from onestep_peft.step.layers import Layer, LowRank, Prompt
 from onestep_peft.step.natural import RowGradients
 from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.statistics import LayerStatistics, Statistics
 
-# The first small step's length, in units of the multiple of the natural gradient that the step itself came to. From
-# there the pace falls to nothing in a straight line, so that the noise of the last rows is averaged out.
-PACE = 0.3
+# Length of the first small step by that of the step itself, layer by layer. From there the pace falls to nothing in a
+# straight line, so that the noise of the last rows is averaged out.
+PACE = 0.1
 # A slice whose mean loss is above this multiple of the first rows' tells that the walk has gone astray.
 ASTRAY = 1.5
-# What moves where there are no layers.
-PLAIN = "parameters"
-
 Products = Mapping[str, LowRank | None]
 
 
@@ -39,18 +45,25 @@ def products(layers: Iterable[Layer | Prompt]) -> dict[str, LowRank | None]:
 
 
 def along_the_product(
-    update: LowRank, gradient: Tensor, output_root: Tensor | None, input_root: Tensor | None, *, rate: float, rank: int
+    update: LowRank,
+    gradient: Tensor,
+    output_root: Tensor | None,
+    input_root: Tensor | None,
+    *,
+    length: float,
+    rank: int,
 ) -> LowRank:
-    """A step down the natural gradient from W = L R, on the manifold of matrices of its rank.
+    """A step of this length down the natural gradient from W = L R, on the manifold of matrices of its rank.
 
-    With M = L_Sᵀ W L_A (the same in white coordinates), Γ = L_S⁻¹ G L_A⁻ᵀ, and P and Q the projectors on M's column and
-    row space: M ← M − rate · (PΓ + ΓQ − PΓQ), cut to `rank`. No `(d_out, d_in)` matrix but G itself is made.
+    With M = L_Sᵀ W L_A (the same in white coordinates), Γ = L_S⁻¹ G L_A⁻ᵀ, P and Q the projectors on M's column and row
+    space, and T = PΓ + ΓQ − PΓQ: M ← M − length · T / ‖T‖, cut to `rank`. G is the only `(d_out, d_in)` matrix.
 
     Args:
         update: W.
         gradient: G, `(d_out, d_in)`.
         output_root: L_S, as in `WhitenedGradient`.
         input_root: L_A.
+        length: Frobenius norm of the step in white coordinates.
         rank: At most W's.
     """
     gradient = gradient.double()
@@ -59,10 +72,15 @@ def along_the_product(
     across = solve(output_root, gradient @ solve_transposed(input_root, v))  # ΓV, (d_out, k)
     down = solve(input_root, gradient.T @ solve_transposed(output_root, u)).T  # UᵀΓ, (k, d_in)
     beside = across - u @ (u.T @ across)
+    rate = _rate(length, (down.square().sum() + beside.square().sum()).sqrt())
     moved = LowRank(torch.cat([u, -rate * beside], 1), torch.cat([core @ v.T - rate * down, v.T], 0))
     white, _ = moved.truncated(rank)
     left, right = solve_transposed(output_root, white.left), solve_transposed(input_root, white.right.T).T
     return LowRank(left.to(update.left.dtype), right.to(update.right.dtype))
+
+
+def _rate(length: float, norm: Tensor) -> float:
+    return length / float(norm) if norm > 0 else 0.0
 
 
 def _spaces(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,10 +121,9 @@ class Walk:
         return self._kept["losses"]
 
     @property
-    def step_size(self) -> float:
-        """The largest multiple of the natural gradient that a step of the first part may take."""
-        rates = (self._kept.get(f"rate/{part}") for part in (*PARTS, PLAIN))
-        return PACE * float(next(rate for rate in rates if rate is not None))
+    def pace(self) -> float:
+        """Length of a small step at the walk's beginning, by that of the step that it goes on from."""
+        return float(self._kept["pace"])
 
     @torch.no_grad()
     def begin(self, evidence: Evidence, before: Products, *, damping: float, loss: float, losses: Tensor) -> None:
@@ -115,37 +132,32 @@ class Walk:
         Args:
             evidence: What the pass of the step has left, with the parameters as they were before the step.
             before: The products as they were before the step.
-            damping: As in `whiten`.
+            damping: As in `damped_root`.
             loss: Mean loss of the step's rows, in nats.
             losses: Of the held-out rows after the step, `(rows,)`.
         """
-        device = self._parameters[0].device
-        self._kept = {"loss": torch.tensor(loss, dtype=torch.float64), "losses": losses.detach().clone()}
-        found: dict[str, tuple[float, float]] = {}
-
-        def note(part: str, slope: Tensor, energy: Tensor) -> None:
-            so_far = found.get(part, (0.0, 0.0))
-            found[part] = so_far[0] + float(slope), so_far[1] + float(energy)
-
+        self._kept = {
+            name: torch.tensor(value, dtype=torch.float64) for name, value in (("loss", loss), ("pace", PACE))
+        }
+        self._kept["losses"] = losses.detach().clone()
         for layer in self._layers:
             record = evidence.statistics[layer.name]
             if record.is_noise():
                 continue
             assert isinstance(record, LayerStatistics | RowGradients)
-            white = whiten(record, damping)
-            cut = least(layer.rank, self._rank)
-            energy = white.white.square().sum() if cut is None else white.sigma[:cut].square().sum()
-            note(layer.part, (record.gradient * _moved(layer, evidence, before)).sum(), energy)
-            for name, root in (("output", white.output_root), ("input", white.input_root)):
-                assert root is not None
-                self._kept[f"{name}/{layer.name}"] = root.float()
+            d_out, d_in = layer.shape
+            output_root = damped_root(record.output_grad_covariance, damping, d_out)
+            input_root = damped_root(record.input_covariance, damping, d_in)
+            half = times_transposed(output_root, _moved(layer, evidence, before).double())
+            self._kept |= {
+                f"output/{layer.name}": output_root.float(),
+                f"input/{layer.name}": input_root.float(),
+                f"length/{layer.name}": times_transposed(input_root, half.T).norm(),
+            }
         if not self._layers:
-            for parameter, gradient in evidence.gradients.all():
-                moved = parameter.float() - evidence.before.of(parameter).to(device).float()
-                note(PLAIN, (gradient * moved).sum(), gradient.square().sum())
-        for part, (slope, squares) in found.items():
-            multiple = -slope / squares if slope < 0 < squares else 0.0
-            self._kept[f"rate/{part}"] = torch.tensor(multiple, dtype=torch.float64)
+            for i, parameter in enumerate(self._parameters):
+                then = evidence.before.of(parameter).to(parameter.device)
+                self._kept[f"length/{i}"] = (parameter.float() - then.float()).norm()
         self._kept |= {f"start/{i}": parameter.detach().clone() for i, parameter in enumerate(self._parameters)}
 
     @torch.no_grad()
@@ -163,34 +175,34 @@ class Walk:
         """
         if not loss <= ASTRAY * float(self._kept["loss"]):
             self.go_back()
-            for name in self._kept:
-                if name.startswith("rate/"):
-                    self._kept[name] = self._kept[name] / 2
+            self._kept["pace"] = self._kept["pace"] / 2
             return
+        share = left * self.pace
         for layer in self._layers:
-            if f"input/{layer.name}" in self._kept:
-                gradient = statistics[layer.name].gradient
-                self._move(layer, gradient, left * PACE * float(self._kept[f"rate/{layer.part}"]))
+            if f"length/{layer.name}" in self._kept:
+                self._move(layer, statistics[layer.name].gradient, share * float(self._kept[f"length/{layer.name}"]))
         if not self._layers:
-            rate = left * PACE * float(self._kept[f"rate/{PLAIN}"])
-            for parameter, gradient in gradients.all():
-                parameter.copy_(parameter.float() - rate * gradient)
+            for i, parameter in enumerate(self._parameters):
+                gradient = gradients.of(parameter)
+                if gradient is not None:
+                    rate = _rate(share * float(self._kept[f"length/{i}"]), gradient.norm())
+                    parameter.copy_(parameter.float() - rate * gradient)
         processes.broadcast(self._parameters)
 
-    def _move(self, layer: Layer | Prompt, gradient: Tensor, rate: float) -> None:
+    def _move(self, layer: Layer | Prompt, gradient: Tensor, length: float) -> None:
         output_root, input_root = (self._kept[f"{side}/{layer.name}"].double() for side in ("output", "input"))
         if isinstance(layer, Layer) and layer.parameter is None:
             assert layer.read is not None and layer.write is not None
             so_far = layer.read()
             if so_far is not None:
                 rank = least(layer.rank, self._rank) or so_far.rank
-                layer.write(along_the_product(so_far, gradient, output_root, input_root, rate=rate, rank=rank))
+                layer.write(along_the_product(so_far, gradient, output_root, input_root, length=length, rank=rank))
             return
-        natural = WhitenedGradient.of(gradient, output_root, input_root).whole()
+        white = WhitenedGradient.of(gradient, output_root, input_root)
         assert layer.parameter is not None
         parameter = layer.parameter()
         matrix = layer.as_matrix(parameter) if isinstance(layer, Layer) else parameter
-        matrix.copy_(matrix.float() - rate * natural)
+        matrix.copy_(matrix.float() - _rate(length, white.white.norm()) * white.whole())
 
     @torch.no_grad()
     def go_back(self) -> None:

@@ -48,14 +48,15 @@ def test_a_step_on_the_product_is_the_projected_one_cut_to_its_rank(kind: str, r
     """Against the dense formula: projectors on the update's spaces in white coordinates, an SVD, and back."""
     make, dense = ROOTS[kind]
     input_root, output_root = make(), damped_root(covariance(9, 8), 0.1)
-    a, s, gradient, rate = dense(input_root, 12), output_root, matrix(9, 12, seed=9), 0.05
+    a, s, gradient, length = dense(input_root, 12), output_root, matrix(9, 12, seed=9), 0.5
     update = LowRank(matrix(9, 3, seed=10), matrix(3, 12, seed=11))
-    found = along_the_product(update, gradient, output_root, input_root, rate=rate, rank=rank)
+    found = along_the_product(update, gradient, output_root, input_root, length=length, rank=rank)
 
     white, gamma = s.T @ update.dense() @ a, torch.linalg.inv(s) @ gradient @ torch.linalg.inv(a).T
     u, _, vt = torch.linalg.svd(white)
     p, q = u[:, :3] @ u[:, :3].T, vt[:3].T @ vt[:3]
-    moved = white - rate * (p @ gamma + gamma @ q - p @ gamma @ q)
+    tangent = p @ gamma + gamma @ q - p @ gamma @ q
+    moved = white - length * tangent / tangent.norm()
     u, sigma, vt = torch.linalg.svd(moved)
     expected = torch.linalg.inv(s).T @ (u[:, :rank] * sigma[:rank]) @ vt[:rank] @ torch.linalg.inv(a)
     assert found.rank <= rank
@@ -66,16 +67,17 @@ def test_rows_of_the_adapter_that_the_update_does_not_use_have_no_say() -> None:
     """B is zero there, so A's rows, drawn at random, span nothing."""
     left, right, gradient = matrix(9, 2, seed=1), matrix(2, 12, seed=2), matrix(9, 12, seed=3)
     padded = LowRank(torch.cat([left, torch.zeros(9, 4)], 1), torch.cat([right, matrix(4, 12, seed=4)], 0))
-    one = along_the_product(LowRank(left, right), gradient, None, None, rate=0.1, rank=6)
-    other = along_the_product(padded, gradient, None, None, rate=0.1, rank=6)
+    one = along_the_product(LowRank(left, right), gradient, None, None, length=0.1, rank=6)
+    other = along_the_product(padded, gradient, None, None, length=0.1, rank=6)
     assert torch.allclose(one.dense(), other.dense(), rtol=1e-9, atol=1e-11)
 
 
 def test_at_full_rank_it_is_the_natural_gradient() -> None:
     update, gradient = LowRank(matrix(4, 4, seed=1), matrix(4, 6, seed=2)), matrix(4, 6, seed=3)
     root = damped_root(covariance(6, 5), 0.1)
-    found = along_the_product(update, gradient, None, root, rate=0.1, rank=4)
-    expected = update.dense() - 0.1 * gradient @ torch.linalg.inv(root @ root.T)
+    found = along_the_product(update, gradient, None, root, length=0.1, rank=4)
+    white = gradient @ torch.linalg.inv(root).T
+    expected = update.dense() - 0.1 / white.norm() * gradient @ torch.linalg.inv(root @ root.T)
     assert torch.allclose(found.dense(), expected, rtol=1e-9, atol=1e-11)
 
 
@@ -123,15 +125,28 @@ def walked(
     return optimizer, seen
 
 
-def natural(model: nn.Sequential, start: nn.Sequential, seed: int) -> Tensor:
-    """K-FAC's natural gradient of the first layer's weight, with covariances of the first slice at the start."""
+def metric() -> tuple[Tensor, Tensor]:
+    """A and S of the first layer, damped: of the first slice, at the start."""
     x, y = data(seed=10)
-    first = start.double()
+    first = net().double()
     h = first[0](x.double()).detach().requires_grad_()
     nn.functional.cross_entropy(first[2](torch.tanh(h)), y, reduction="sum").backward()
+    assert h.grad is not None
     live = h.grad.abs().amax(1) > 0
     factors = [x.double()[live].T @ x.double()[live] / live.sum(), h.grad.T @ h.grad / ROWS]
     a, s = (m + 0.1 * m.trace() / len(m) * torch.eye(len(m), dtype=torch.float64) for m in factors)
+    return a, s
+
+
+def length(moved: Tensor) -> float:
+    """Of a move of the first layer, in K-FAC's metric."""
+    a, s = metric()
+    return math.sqrt(float((moved.double() * (s @ moved.double() @ a)).sum()))
+
+
+def natural(model: nn.Sequential, seed: int) -> Tensor:
+    """K-FAC's natural gradient of the first layer's weight, in the metric of the first slice."""
+    a, s = metric()
     x, y = data(seed=seed)
     wide = model.double()
     gradient = torch.autograd.grad(nn.functional.cross_entropy(wide(x.double()), y), wide[0].weight)[0]
@@ -147,16 +162,17 @@ def model_with(parameters: list[Tensor]) -> nn.Sequential:
 
 
 def test_small_steps_go_down_the_natural_gradient_at_a_falling_pace() -> None:
-    """The first by PACE times the step that the search found, in multiples of the natural gradient."""
+    """The first by PACE times the length of the step, in K-FAC's metric."""
     model = net()
     optimizer, seen = walked(model, [in_place("first", model[0])])
     step, walk = optimizer.outcomes
-    assert step.accepted and step.direction == "kfac" and walk.direction == WALK
-    assert math.isclose(walk.step_size, PACE * step.step_size, rel_tol=1e-4)
+    assert step.accepted and step.direction == "kfac" and (walk.direction, walk.step_size) == (WALK, PACE)
+    whole = length(seen[0][0] - net()[0].weight.detach())
     for number in range(1, SLICES):
         before = model_with(seen[number - 1])
         left = 1 - (number - 1) / (SLICES - 1)
-        expected = before[0].weight.detach().double() - left * walk.step_size * natural(before, net(), 10 + number)
+        down = natural(before, 10 + number)
+        expected = before[0].weight.detach() - left * PACE * whole / length(down) * down
         assert torch.allclose(seen[number][0].double(), expected, rtol=1e-4, atol=1e-6)
         assert all(same_bits(now, then) for now, then in zip(seen[number][1:], seen[number - 1][1:], strict=True))
 
@@ -174,14 +190,22 @@ def test_an_update_of_rank_one_stays_one() -> None:
 
 def test_without_layers_the_parameters_follow_their_gradients() -> None:
     model = net()
-    optimizer, seen = walked(model, [], until=2, directions=("sgd",))
-    rate = optimizer.walk.step_size
-    assert math.isclose(rate, PACE * optimizer.outcomes[0].step_size, rel_tol=1e-4)
+    _, seen = walked(model, [], until=2, directions=("sgd",))
     before = model_with(seen[0])
     x, y = data(seed=11)
     gradients = torch.autograd.grad(nn.functional.cross_entropy(before(x), y), list(before.parameters()))
-    for now, then, gradient in zip(seen[1], seen[0], gradients, strict=True):
+    for now, then, start, gradient in zip(seen[1], seen[0], net().parameters(), gradients, strict=True):
+        rate = PACE * float((then - start.detach()).norm() / gradient.norm())
         assert torch.allclose(now, then - rate * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_the_step_left_alone_stays() -> None:
+    model = net()
+    layers = [in_place("first", model[0]), in_place("last", model[2])]
+    nn.init.zeros_(model[2].weight)  # no gradient comes through it
+    _, seen = walked(model, layers, until=3)
+    assert same_bits(seen[0][0], net()[0].weight.detach())
+    assert all(same_bits(one[0], seen[0][0]) for one in seen) and not same_bits(seen[1][2], seen[0][2])
 
 
 def test_a_first_step_that_is_refused_ends_the_walk() -> None:
@@ -214,11 +238,11 @@ def test_a_walk_that_does_not_help_ends_where_it_began(guard: bool, monkeypatch:
 def test_rows_that_lose_far_more_send_the_walk_back_at_half_the_pace(loss: float) -> None:
     model = net()
     optimizer, seen = walked(model, [in_place("first", model[0])], until=3)
-    pace, first = optimizer.walk.step_size, float(optimizer.walk.tensors()["loss"])
+    pace, first = optimizer.walk.pace, float(optimizer.walk.tensors()["loss"])
     one_pass(optimizer, model, *data(seed=20), (ROWS,))
     optimizer.walk.advance(optimizer.statistics, optimizer.gradients, left=0.5, loss=loss * first)
     assert all(same_bits(now.detach(), then) for now, then in zip(model.parameters(), seen[0], strict=True))
-    assert optimizer.walk.step_size == pace / 2
+    assert optimizer.walk.pace == pace / 2
 
 
 def test_a_walk_goes_on_from_what_was_kept_of_it() -> None:
