@@ -93,7 +93,7 @@ class HeadTrainer(SharingTrainer):
         return self.state.global_step < self.state.max_steps
 
     def fit_head(self, *, install: bool = True, since: HeadFit | None = None) -> None:
-        """Fits the head to the rows of the pass, or a sample of their tokens, and installs it.
+        """Fits the head to the rows of the pass (of a walk, of its first slice; or a sample of tokens) and installs it.
 
         The next pass, if there is one, takes its residuals from heads that are fitted to all folds of the rows but one.
 
@@ -105,7 +105,7 @@ class HeadTrainer(SharingTrainer):
         Raises:
             ValueError: A feature that is not finite, with the rows it comes from.
         """
-        layer, numbers = self.head_layer(), self._head_rows()
+        layer, numbers = self.head_layer(), self._head_rows(lead=install and since is None)
         found = self._features(numbers)
         bad = found.rows[~torch.isfinite(found.x).all(1)].unique().tolist()
         if bad:
@@ -190,19 +190,26 @@ class HeadTrainer(SharingTrainer):
         """The heads of the folds, where there were any."""
         self._fold_heads = FoldHeads.among(named)
 
-    def _head_rows(self) -> list[int]:
+    def _head_rows(self, lead: bool) -> list[int]:
         """Places in the pass of the rows that the head is fitted to: all, unless they have too many tokens.
 
         The sample follows from the rows' contents, so that their order does not matter.
+
+        Args:
+            lead: Whether a walk is to begin: then it is to those of its first slice, so that neither the head nor the
+                body has seen the rows of the others when their turn comes.
         """
+        lead = lead and self._sliced is not None and cast(OneStepConfig, self.args).walks
+        places = self._sliced.lead if lead and self._sliced is not None else list(range(len(self.pass_rows)))
         if not self.task.by_token:
-            return list(range(len(self.pass_rows)))
-        rows, tokens, taken = listed(self.train_dataset), 0, []
+            return places
+        rows, tokens, taken, wanted = listed(self.train_dataset), 0, [], set(places)
         for i in by_content(rows):
             if tokens >= TOKENS_MAX:
                 break
-            tokens += int(self.task.row_items(torch.as_tensor(rows[i]["labels"])[None]))
-            taken.append(i)
+            if i in wanted:
+                tokens += int(self.task.row_items(torch.as_tensor(rows[i]["labels"])[None]))
+                taken.append(i)
         return sorted(taken)  # the pass has its rows by length
 
     def refit_fold_heads(self) -> None:

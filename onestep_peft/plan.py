@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep_peft.config import OneStepConfig
+from onestep_peft.slices import rows_of_the_lead
 from onestep_peft.step.directions import DIRECTIONS, NATURAL, PARAMETER_DIRECTIONS, WHITENED, rank_of, rule_of
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import EVALUATIONS, PART_EVALUATIONS, PASS_FORWARDS
@@ -326,10 +327,11 @@ def _forwards(
     if config.stop_at is not None:
         looks += 1 + walks
     stages = 3 if fits_head else 2
+    first = rows_of_the_lead(rows["gradient"], int(config.slices)) if config.walks else rows["gradient"]
     return {
         "pass": (PASS_FORWARDS + recomputed) * rows["gradient"] * walks,
         "search": looks * held,
         # Between walks also at the bodies of the parts.
-        "head": rows["gradient"] * (1 + walks + (walks - 1) * int(parts > 1)) * int(fits_head),
+        "head": (first + rows["gradient"] * (walks + (walks - 1) * int(parts > 1))) * int(fits_head),
         "evaluation": (rows["evaluation"] or held) * stages,
     }

@@ -46,6 +46,12 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task) -> int:
     return slices
 
 
+def rows_of_the_lead(rows: int, slices: int, lead: float = LEAD) -> int:
+    """How many of so many rows are in the first slice."""
+    equal = -(-rows // slices)
+    return max(equal, min(int(lead * rows), rows - slices + 1))  # a row at least for each of the others
+
+
 def number_of_shares(config: OneStepConfig, rows: int) -> int:
     """Into how many shares so many rows are dealt, of which one counts for the layers' covariances.
 
@@ -80,10 +86,9 @@ class SlicedRows(Dataset):
 
     def _dealt(self, slices: int) -> list[list[int]]:
         order = by_content(listed(self._rows))
-        first = int(self._lead * len(order))
-        if first * slices <= len(order):
+        first = rows_of_the_lead(len(order), slices, self._lead)
+        if first * slices < len(order) + slices:
             return [sorted(order[i::slices]) for i in range(slices)]
-        first = min(first, len(order) - slices + 1)  # a row at least for each of the others
         return [sorted(order[:first]), *(sorted(order[first + i :: slices - 1]) for i in range(slices - 1))]
 
     def _filled(self, rows: int) -> int:
@@ -96,6 +101,11 @@ class SlicedRows(Dataset):
         if not 0 <= i < len(self):
             raise IndexError(i)  # what ends an iteration
         return self._at(self.current, i)
+
+    @property
+    def lead(self) -> list[int]:
+        """The numbers, among all rows, of those in the first slice."""
+        return self._groups[0]
 
     def row(self, i: int) -> int:
         """The number, among all rows, of the one at this place; behind the last one the last one's."""

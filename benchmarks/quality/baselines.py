@@ -111,6 +111,16 @@ def trained(
     return {**scored, "seconds": {**seconds, "total": sum(seconds.values())}, "forwards": 3 * walked}
 
 
+def head_alone(setting: Setting) -> dict[str, Any]:
+    """The test score of that head on the frozen encoder."""
+    model, tokenizer = setting.model(), setting.tokenizer()
+    fit_head(setting, model, tokenizer)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        arguments = TrainingArguments(folder, per_device_eval_batch_size=32, report_to="none", disable_tqdm=True)
+        trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer))
+        return setting.scores(*trainer.predict(tokenised(setting.test(), tokenizer))[:2])
+
+
 def tokenised(rows: list[dict[str, Any]], tokenizer: Any) -> Dataset:
     tokens = tokenizer([row["text"] for row in rows], truncation=True, max_length=MAX_LENGTH)
     return Dataset.from_dict({**dict(tokens), "labels": [row["label"] for row in rows]})

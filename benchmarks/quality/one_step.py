@@ -12,7 +12,10 @@ from peft import LoraConfig
 from transformers import EvalPrediction
 
 from onestep_peft import OneStepConfig, OneStepTrainer
+from onestep_peft.slices import rows_of_the_lead
+from onestep_peft.step.outcome import WALK
 
+from . import baselines
 from .settings import MAX_LENGTH, Setting
 
 RANK = 8
@@ -42,22 +45,28 @@ def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str
         )  # fmt: skip
         trainer.train()
     report = trainer.report
+    slices = int(trainer.args.slices)
     return {
-        "head": stages[1],
+        # The head that a walk begins with knows its first slice only.
+        "head": stages[1] if slices == 1 else baselines.head_alone(setting),
         "test": stages[-1],
         "accepted": [step["accepted"] for step in report.steps],
         "directions": [step["direction"] for step in report.steps],
         "seconds": report.seconds,
-        "forwards": forwards(report),
+        "forwards": forwards(report, slices),
     }
 
 
-def forwards(report: Any) -> int:
+def forwards(report: Any, slices: int) -> int:
     """Forwards of single rows that the run took; a row of the pass counts three, a head's row one."""
     rows, held = report.rows["gradient"], max(report.rows["search"], report.rows["guard"])
-    total = rows + held  # the first head; its losses need no forward
+    total = rows_of_the_lead(rows, slices) + held  # the first head; its losses need no forward
     for step in report.steps:
         searches = [*step["candidates"], *step.get("parts", ())]
-        total += 3 * rows + held * sum(len(search["points"]) - 1 for search in searches)  # zero is known
-        total += rows if step["accepted"] else 0  # the head once more; the held-out rows are known there
+        total += held * sum(len(search["points"]) - 1 for search in searches)  # zero is known
+        if step["direction"] == WALK:
+            total += held  # its end is judged
+        else:
+            total += 3 * rows  # the small steps' rows with those of the first
+            total += rows if step["accepted"] else 0  # the head once more; the held-out rows are known there
     return total
