@@ -198,6 +198,29 @@ def test_each_small_step_has_the_gradient_of_its_slice_at_the_model_as_it_is(
         assert abs(loss - float(expected)) < 1e-5
 
 
+class HeadBefore(TrainerCallback):
+    """The head as it is when the first pass begins."""
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(0)
+
+    def on_step_begin(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+        if not len(self.weight):
+            (self.weight,) = (p.detach().clone() for n, p in model.named_parameters() if n == "classifier.weight")
+
+
+def test_a_walk_begins_with_a_head_that_knows_its_first_slice_only(tmp_path: Path) -> None:
+    """The same head as in a run on those rows alone."""
+    order = by_content(listed(tokenised(WALK_ROWS_HERE)))
+    heads = []
+    for rows, slices in ((WALK_ROWS_HERE, 6), ([WALK_ROWS_HERE[i] for i in order[:80]], 1), (WALK_ROWS_HERE, 1)):
+        watch = HeadBefore()
+        options: dict[str, Any] = {"method": "full", "slices": slices, "fit_head": True, "callbacks": [watch]}
+        walked(tmp_path / str(len(heads)), rows, **options)
+        heads.append(watch.weight)
+    assert relative_difference(heads[0], heads[1]) < 1e-4 < 1e-2 < relative_difference(heads[0], heads[2])
+
+
 @pytest.mark.parametrize("change", [{"per_device_train_batch_size": 3}, {"rows": WALK_ROWS_HERE[::-1]}])
 def test_neither_batches_nor_order_matter_to_a_walk(change: dict[str, Any], tmp_path: Path) -> None:
     one, other = walked(tmp_path / "one"), walked(tmp_path / "other", **change)
