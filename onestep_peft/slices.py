@@ -20,12 +20,17 @@ from onestep_peft.tasks import Task
 SLICES = 26
 # The first step of a walk is worked out from this share of the rows.
 LEAD = 0.2
-# From so many rows, or tokens that a language model learns, on the rows are walked through in slices.
-WALK_ROWS, WALK_ITEMS = 2_000, 80_000
+# That first slice has to teach a head, and to show a direction: it needs so many rows, and so many by class.
+LEAD_ROWS, LEAD_ROWS_BY_CLASS = 100, 16
+# From so many tokens that a language model learns on, the rows are walked through in slices.
+WALK_ITEMS = 80_000
 
 
-def number_of_slices(config: OneStepConfig, rows: Any, task: Task) -> int:
+def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int) -> int:
     """What the configuration says; left to "auto", several where rows are many, else one.
+
+    Args:
+        outputs: Of the head.
 
     Raises:
         ValueError: More slices than rows.
@@ -35,7 +40,8 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task) -> int:
             return 1
         if task.has_head:
             # Several steps with a head have all rows each, and bodies that are out of fold.
-            return SLICES if len(rows) >= WALK_ROWS and config.max_steps == 1 else 1
+            enough = int(LEAD * len(rows)) >= max(LEAD_ROWS, LEAD_ROWS_BY_CLASS * outputs)
+            return SLICES if enough and config.max_steps == 1 else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
         return min(SLICES, len(rows)) if items >= WALK_ITEMS else 1
     slices = int(config.slices)

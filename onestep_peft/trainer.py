@@ -131,9 +131,10 @@ class OneStepTrainer(SavingTrainer):
         self.tokenise = prepared.tokenise
         self.task, self._template_config = prepared.task, config_of(cast(nn.Module, prepared.model))
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
-        config.slices = number_of_slices(config, select(prepared.sets.train, self._split.pass_rows), self.task)
-        config.max_steps *= config.slices
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
+        in_pass, outputs = select(prepared.sets.train, self.pass_rows), self._template_config.num_labels
+        config.slices = number_of_slices(config, in_pass, self.task, outputs)
+        config.max_steps *= config.slices
         self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]
         self._metric_names.append(getattr(compute_metrics, "__qualname__", ""))
         if compute_metrics is None:
@@ -152,7 +153,7 @@ class OneStepTrainer(SavingTrainer):
             model=self._adapt(prepared.model) if model is not None else None,
             args=config,
             data_collator=data_collator,
-            train_dataset=select(prepared.sets.train, self.pass_rows),
+            train_dataset=in_pass,
             eval_dataset=prepared.sets.evaluation,
             processing_class=prepared.processing_class,
             model_init=model_init,
@@ -257,12 +258,11 @@ class OneStepTrainer(SavingTrainer):
 
     def end_step(self) -> bool:
         """After a step: books its times, fits the head to the moved body; returns whether to stop here."""
-        self.state.epoch = self.state.global_step / self.slices  # an epoch is a walk through all rows
+        self.state.epoch = self.state.global_step / self.slices
         for part, seconds in self.one_step.seconds.items():
             self.seconds[part] += seconds
         steps = self.one_step.ended_steps()
-        moved = [one for one in steps if one.accepted]
-        if moved and self.fits_head():
+        if (moved := [one for one in steps if one.accepted]) and self.fits_head():
             with self.clock("head"):
                 if self.held_out is not None:
                     self.refit_head(moved[-1])

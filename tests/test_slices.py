@@ -225,7 +225,7 @@ def test_a_walk_begins_with_a_head_that_knows_its_first_slice_only(tmp_path: Pat
 def test_neither_batches_nor_order_matter_to_a_walk(change: dict[str, Any], tmp_path: Path) -> None:
     one, other = walked(tmp_path / "one"), walked(tmp_path / "other", **change)
     for name, update in updates(one.model).items():
-        assert relative_difference(updates(other.model)[name], update) < 1e-3, name
+        assert relative_difference(updates(other.model)[name], update) < 5e-3, name
 
 
 def test_a_walk_that_does_not_help_leaves_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,15 +269,18 @@ def test_auto_asks_how_many_tokens_a_language_model_learns(
     tokens = [
         {"labels": [UNLABELLED] + [1] * 20_001} for _ in range(rows)
     ]  # the first is not learnt, the second is given
-    assert number_of_slices(config_for(tmp_path, **options), tokens, TEXT_GENERATION) == expected
+    assert number_of_slices(config_for(tmp_path, **options), tokens, TEXT_GENERATION, 0) == expected
 
 
-@pytest.mark.parametrize(("rows", "max_steps", "expected"), [(1999, 1, 1), (2000, 1, 26), (2000, 2, 1)])
-def test_auto_asks_how_many_rows_there_are_with_classes(
-    rows: int, max_steps: int, expected: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("rows", "outputs", "max_steps", "expected"),
+    [(499, 2, 1, 1), (500, 2, 1, 26), (500, 6, 1, 26), (500, 7, 1, 1), (560, 7, 1, 26), (500, 2, 2, 1)],
+)
+def test_auto_asks_how_many_rows_there_are_by_class(
+    rows: int, outputs: int, max_steps: int, expected: int, tmp_path: Path
 ) -> None:
     config = config_for(tmp_path, max_steps=max_steps)
-    assert number_of_slices(config, [{"labels": 0}] * rows, TEXT_CLASSIFICATION) == expected
+    assert number_of_slices(config, [{"labels": 0}] * rows, TEXT_CLASSIFICATION, outputs) == expected
 
 
 def test_a_run_tells_its_slices(tmp_path: Path) -> None:

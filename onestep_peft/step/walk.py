@@ -19,7 +19,6 @@ from torch import Tensor
 from onestep_peft.step import processes
 from onestep_peft.step.candidates import Evidence, least
 from onestep_peft.step.directions import (
-    RESOLUTION,
     WhitenedGradient,
     damped_root,
     solve,
@@ -33,7 +32,7 @@ from onestep_peft.step.statistics import LayerStatistics, Statistics
 
 # Length of the first small step by that of the step itself, layer by layer. From there the pace falls to nothing in a
 # straight line, so that the noise of the last rows is averaged out.
-PACE = 0.1
+PACE = 0.2
 # A slice whose mean loss is above this multiple of the first rows' tells that the walk has gone astray.
 ASTRAY = 1.5
 Products = Mapping[str, LowRank | None]
@@ -62,13 +61,11 @@ def along_the_product(
         update: W.
         gradient: G, `(d_out, d_in)`.
         output_root: L_S, as in `WhitenedGradient`.
-        input_root: L_A.
+        input_root: L_A. All are of one precision: fp32 will do, the roots are damped.
         length: Frobenius norm of the step in white coordinates.
         rank: At most W's.
     """
-    gradient = gradient.double()
-    u, v, core = _spaces(times_transposed(output_root, update.left.double()),
-                         times_transposed(input_root, update.right.double().T))  # fmt: skip
+    u, v, core = _spaces(times_transposed(output_root, update.left), times_transposed(input_root, update.right.T))
     across = solve(output_root, gradient @ solve_transposed(input_root, v))  # ΓV, (d_out, k)
     down = solve(input_root, gradient.T @ solve_transposed(output_root, u)).T  # UᵀΓ, (k, d_in)
     beside = across - u @ (u.T @ across)
@@ -76,7 +73,7 @@ def along_the_product(
     moved = LowRank(torch.cat([u, -rate * beside], 1), torch.cat([core @ v.T - rate * down, v.T], 0))
     white, _ = moved.truncated(rank)
     left, right = solve_transposed(output_root, white.left), solve_transposed(input_root, white.right.T).T
-    return LowRank(left.to(update.left.dtype), right.to(update.right.dtype))
+    return LowRank(left, right)
 
 
 def _rate(length: float, norm: Tensor) -> float:
@@ -87,7 +84,7 @@ def _spaces(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U `(m, k)`, V `(n, k)`, both orthonormal, and C `(k, k)` with left rightᵀ = U C Vᵀ, k its rank."""
     (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
     a, sigma, bt = torch.linalg.svd(r_left @ r_right.T)
-    keep = sigma > RESOLUTION * sigma[0]
+    keep = sigma > torch.finfo(sigma.dtype).eps * max(len(left), len(right)) * sigma[0]
     return q_left @ a[:, keep], q_right @ bt[keep].T, sigma[keep].diag()
 
 
@@ -190,7 +187,7 @@ class Walk:
         processes.broadcast(self._parameters)
 
     def _move(self, layer: Layer | Prompt, gradient: Tensor, length: float) -> None:
-        output_root, input_root = (self._kept[f"{side}/{layer.name}"].double() for side in ("output", "input"))
+        output_root, input_root = self._kept[f"output/{layer.name}"], self._kept[f"input/{layer.name}"]
         if isinstance(layer, Layer) and layer.parameter is None:
             assert layer.read is not None and layer.write is not None
             so_far = layer.read()
@@ -198,7 +195,7 @@ class Walk:
                 rank = least(layer.rank, self._rank) or so_far.rank
                 layer.write(along_the_product(so_far, gradient, output_root, input_root, length=length, rank=rank))
             return
-        white = WhitenedGradient.of(gradient, output_root, input_root)
+        white = WhitenedGradient.of(gradient, output_root.double(), input_root.double())
         assert layer.parameter is not None
         parameter = layer.parameter()
         matrix = layer.as_matrix(parameter) if isinstance(layer, Layer) else parameter
