@@ -12,9 +12,10 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
 
 from onestep_peft import OneStepTrainer
+from onestep_peft import slices as slices_module
 from onestep_peft.held_out import by_content, listed
 from onestep_peft.out_of_fold import fold_of_each
-from onestep_peft.slices import PartedRows, SlicedRows, number_of_shares, number_of_slices
+from onestep_peft.slices import PartedRows, SlicedRows, number_of_shares, number_of_slices, pace
 from onestep_peft.step import walk
 from onestep_peft.step.walk import Walk
 from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
@@ -113,6 +114,11 @@ def test_the_first_slice_of_a_walk_is_the_longest() -> None:
         seen += [tuple(row["input_ids"]) for row in each if row["labels"] != UNLABELLED]
     assert lengths == [(36, 35), *[(8, 7)] * 5]
     assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in tokenised(ROWS))
+
+
+def test_the_pace_grows_with_the_root_of_a_slices_rows() -> None:
+    assert pace(500, 13) == pytest.approx(0.025 * (400 / 12) ** 0.5)
+    assert pace(2000, 26) == pytest.approx(2 * pace(500, 26)) and pace(10**9, 26) == 1.0 and pace(100, 1) >= 0
 
 
 @pytest.mark.parametrize("lead", [0.5, 0.99])
@@ -230,7 +236,7 @@ def test_neither_batches_nor_order_matter_to_a_walk(change: dict[str, Any], tmp_
 
 def test_a_walk_that_does_not_help_leaves_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a pace far too large the small steps are refused, and the model has the bits of the first one."""
-    monkeypatch.setattr(walk, "PACE", -0.5)  # uphill
+    monkeypatch.setattr(slices_module, "PACE", -0.1)  # uphill
     monkeypatch.setattr(walk, "ASTRAY", float("inf"))
     started = []
     begin = Walk.begin
@@ -274,7 +280,16 @@ def test_auto_asks_how_many_tokens_a_language_model_learns(
 
 @pytest.mark.parametrize(
     ("rows", "outputs", "max_steps", "expected"),
-    [(499, 2, 1, 1), (500, 2, 1, 26), (500, 6, 1, 26), (500, 7, 1, 1), (560, 7, 1, 26), (500, 2, 2, 1)],
+    [
+        (499, 2, 1, 1),
+        (500, 2, 1, 13),
+        (500, 6, 1, 13),
+        (500, 7, 1, 1),
+        (560, 7, 1, 15),
+        (999, 2, 1, 25),
+        (9999, 2, 1, 26),
+        (500, 2, 2, 1),
+    ],
 )
 def test_auto_asks_how_many_rows_there_are_by_class(
     rows: int, outputs: int, max_steps: int, expected: int, tmp_path: Path

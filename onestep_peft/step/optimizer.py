@@ -234,7 +234,9 @@ class OneStepOptimizer(torch.optim.Optimizer):
                 self.bodies.forget()
             if outcome.accepted and settings.walks:
                 losses = _best(trials)  # the model stands where they were seen
-                self.walk.begin(evidence, so_far, damping=settings.damping, loss=self.loss, losses=losses)
+                self.walk.begin(
+                    evidence, so_far, damping=settings.damping, pace=settings.pace, loss=self.loss, losses=losses
+                )
             kept = outcome.accepted
         finally:  # an error or an interruption in the search leaves the model as it was
             if not kept:

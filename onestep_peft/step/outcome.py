@@ -26,6 +26,7 @@ class StepSettings:
         slices: Of how many slices of rows a walk is made: the first one's step is searched, and where it is, the
             others go on from there; see `step.walk`.
         parts: Into how many parts the rows are dealt, each with a body of its own; see `step.bodies`.
+        pace: Length of a walk's first small step by that of the step that it goes on from.
     """
 
     directions: Sequence[str]
@@ -36,6 +37,7 @@ class StepSettings:
     guard_confidence: float
     slices: int = 1
     parts: int = 1
+    pace: float = 0.0
 
     @property
     def walks(self) -> bool:

@@ -30,9 +30,6 @@ from onestep_peft.step.natural import RowGradients
 from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.statistics import LayerStatistics, Statistics
 
-# Length of the first small step by that of the step itself, layer by layer. From there the pace falls to nothing in a
-# straight line, so that the noise of the last rows is averaged out.
-PACE = 0.2
 # A slice whose mean loss is above this multiple of the first rows' tells that the walk has gone astray.
 ASTRAY = 1.5
 Products = Mapping[str, LowRank | None]
@@ -119,22 +116,28 @@ class Walk:
 
     @property
     def pace(self) -> float:
-        """Length of a small step at the walk's beginning, by that of the step that it goes on from."""
+        """Length of a small step at the walk's beginning, layer by layer, by that of the step that it goes on from.
+
+        From there it falls to nothing in a straight line, so that the noise of the last rows is averaged out.
+        """
         return float(self._kept["pace"])
 
     @torch.no_grad()
-    def begin(self, evidence: Evidence, before: Products, *, damping: float, loss: float, losses: Tensor) -> None:
+    def begin(
+        self, evidence: Evidence, before: Products, *, damping: float, pace: float, loss: float, losses: Tensor
+    ) -> None:
         """Notes the metric, the pace and the place from which the walk goes on.
 
         Args:
             evidence: What the pass of the step has left, with the parameters as they were before the step.
             before: The products as they were before the step.
             damping: As in `damped_root`.
+            pace: See there.
             loss: Mean loss of the step's rows, in nats.
             losses: Of the held-out rows after the step, `(rows,)`.
         """
         self._kept = {
-            name: torch.tensor(value, dtype=torch.float64) for name, value in (("loss", loss), ("pace", PACE))
+            name: torch.tensor(value, dtype=torch.float64) for name, value in (("loss", loss), ("pace", pace))
         }
         self._kept["losses"] = losses.detach().clone()
         for layer in self._layers:

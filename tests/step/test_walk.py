@@ -15,11 +15,11 @@ from onestep_peft.step.layers import Layer, LowRank
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.step.outcome import WALK, StepSettings
 from onestep_peft.step.statistics import observed
-from onestep_peft.step.walk import ASTRAY, PACE, Walk, along_the_product
+from onestep_peft.step.walk import ASTRAY, Walk, along_the_product
 from tests.conftest import same_bits
 from tests.step.test_optimizer import ROWS, data, net, one_pass, row_losses, settings
 
-SLICES = 4
+SLICES, PACE = 4, 0.2
 
 
 def matrix(*shape: int, seed: int) -> Tensor:
@@ -108,7 +108,9 @@ def walked(
 ) -> tuple[OneStepOptimizer, list[list[Tensor]]]:
     """A walk through so many slices; also all parameters after each of them."""
     seen = []
-    chosen: StepSettings = settings(**{"directions": ("kfac",), "slices": SLICES, "rank": None, **changes})
+    chosen: StepSettings = settings(
+        **{"directions": ("kfac",), "slices": SLICES, "pace": PACE, "rank": None, **changes}
+    )
     with observed(layers) as statistics:
         optimizer = OneStepOptimizer(
             model.parameters(), chosen, layers=layers, statistics=statistics,
@@ -224,10 +226,9 @@ def test_a_first_step_that_is_refused_ends_the_walk() -> None:
 @pytest.mark.parametrize("guard", [True, False])
 def test_a_walk_that_does_not_help_ends_where_it_began(guard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a pace far too large; unguarded it stays, as asked."""
-    monkeypatch.setattr(walk_module, "PACE", -3.0)  # uphill, and never so steep as to go back
     monkeypatch.setattr(walk_module, "ASTRAY", math.inf)
     model = net()
-    optimizer, seen = walked(model, [in_place("first", model[0])], guard=guard)
+    optimizer, seen = walked(model, [in_place("first", model[0])], guard=guard, pace=-3.0)  # uphill
     walk = optimizer.outcomes[-1]
     assert walk.loss_after > walk.loss_before and walk.accepted is not guard
     assert all(same_bits(now, then) for now, then in zip(seen[-1], seen[0], strict=True)) is guard
