@@ -51,7 +51,7 @@ class StepReport:
             step, since held-out rows gained by it).
         datasets: Ids on the Hub by what their rows did: "train", "search", "evaluation". Rows do not say where they
             come from: the command fills this in; in Python, set it before `save_model`.
-        metrics: By stage: "base" (as loaded), "head" (its fresh head fitted, for a walk to its first slice; None where it
+        metrics: By stage: "base" (as loaded), "head" (its fresh head fitted, a walk's to its first slice; None where it
             had none) and "after".
         scored_on: Which rows "metrics" speak of: "eval_dataset", or "held-out rows" where none was given.
         class_counts: Number of the scored items (rows, or tokens) by class.
