@@ -33,6 +33,10 @@ class StepCallback(TrainerCallback):
         if self._trainer.end_step():
             control.should_training_stop = True
 
+    def on_epoch_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        if state.global_step % self._trainer.slices:  # Trainer's epoch is a slice, the user's a walk through all rows
+            control.should_evaluate = control.should_save = control.should_log = False
+
 
 class StepProgress(TrainerCallback):
     """One bar over the micro-batches of a pass, then over the points of the search.

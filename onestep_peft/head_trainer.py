@@ -223,7 +223,8 @@ class HeadTrainer(SharingTrainer):
         """Fits the head once more, to the features that the step has moved.
 
         The step knows the rows that the head is fitted to, and what fits them best is not always best elsewhere: it
-        goes to the new head as far as helps held-out rows.
+        goes to the new head as far as helps held-out rows. After a walk whose steps were refused it is that of all rows
+        which takes the place of the first slice's.
         """
         layer = self.head_layer()
         before = Snapshot(layer.parameters())
@@ -233,11 +234,11 @@ class HeadTrainer(SharingTrainer):
         except BaseException:  # out of memory, say, and Trainer goes on with smaller batches
             before.restore()
             raise
-        outcome.head_refitted = loss < outcome.loss_after
-        if outcome.head_refitted:
-            outcome.loss_after = loss
-        else:
+        outcome.head_refitted = loss < (outcome.loss_after if outcome.accepted else outcome.loss_before)
+        if not outcome.head_refitted:
             before.restore()
+        elif outcome.accepted:
+            outcome.loss_after = loss
 
     def show_point(self, direction: str, step_size: float, loss: float) -> None:
         """Tells of a point that a search has looked at."""

@@ -25,7 +25,7 @@ LEAD = 0.2
 # 160 three.
 PACE = 0.025
 # That first slice has to teach a head, and to show a direction: it needs so many rows, and so many by class.
-LEAD_ROWS, LEAD_ROWS_BY_CLASS = 100, 16
+LEAD_ROWS, LEAD_ROWS_BY_CLASS = 300, 16
 # From so many tokens that a language model learns on, the rows are walked through in slices.
 WALK_ITEMS = 80_000
 

@@ -40,7 +40,7 @@ from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import affordable
 from onestep_peft.step.optimizer import OneStepOptimizer
-from onestep_peft.step.outcome import StepSettings
+from onestep_peft.step.outcome import WALK, StepSettings
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.step.statistics import observed
 from onestep_peft.wrapping import config_of, described, labels_of
@@ -246,6 +246,7 @@ class OneStepTrainer(SavingTrainer):
         if self.resume_run(self.bare_model, self.adapted.fresh):
             return
         self.one_step.bodies.check()
+        self.one_step.walk.check(self.slices)
         if self.state.global_step > 0:  # from Trainer's checkpoint, which has the head, but not those of the folds
             self.one_step.done = self.state.global_step
             self.refit_fold_heads()
@@ -262,10 +263,13 @@ class OneStepTrainer(SavingTrainer):
         for part, seconds in self.one_step.seconds.items():
             self.seconds[part] += seconds
         steps = self.one_step.ended_steps()
-        if (moved := [one for one in steps if one.accepted]) and self.fits_head():
+        accepted = [one for one in steps if one.accepted]
+        # Small steps follow a searched one that was accepted, be it before a checkpoint.
+        moved = bool(accepted) or any(one.direction == WALK for one in steps)
+        if (moved or (steps and self._config.walks)) and self.fits_head():
             with self.clock("head"):
                 if self.held_out is not None:
-                    self.refit_head(moved[-1])
+                    self.refit_head((accepted or steps)[-1])
                 elif self.another_pass():
                     self.refit_fold_heads()
         return bool(steps) and (not moved or self.reached_target())

@@ -280,16 +280,7 @@ def test_auto_asks_how_many_tokens_a_language_model_learns(
 
 @pytest.mark.parametrize(
     ("rows", "outputs", "max_steps", "expected"),
-    [
-        (499, 2, 1, 1),
-        (500, 2, 1, 13),
-        (500, 6, 1, 13),
-        (500, 7, 1, 1),
-        (560, 7, 1, 15),
-        (999, 2, 1, 25),
-        (9999, 2, 1, 26),
-        (500, 2, 2, 1),
-    ],
+    [(1_499, 2, 1, 1), (1_500, 2, 1, 26), (1_500, 18, 1, 26), (1_500, 19, 1, 1), (6_160, 77, 1, 26), (1_500, 2, 2, 1)],
 )
 def test_auto_asks_how_many_rows_there_are_by_class(
     rows: int, outputs: int, max_steps: int, expected: int, tmp_path: Path

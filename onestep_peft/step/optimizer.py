@@ -80,7 +80,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self._items = self._covered = 0.0
         self._covers = True
         self.bodies = Bodies(self._parameters if body is None else body, settings.parts, lambda: self.state)
-        self.walk = Walk(layers, self._parameters, settings.rank)
+        self.walk = Walk(layers, self._parameters)
         self.goes_on = False
         self.done, self.loss, self.step_size = 0, math.nan, 0.0
         self.seconds: dict[str, float] = {}
@@ -235,8 +235,9 @@ class OneStepOptimizer(torch.optim.Optimizer):
             if outcome.accepted and settings.walks:
                 losses = _best(trials)  # the model stands where they were seen
                 self.walk.begin(
-                    evidence, so_far, damping=settings.damping, pace=settings.pace, loss=self.loss, losses=losses
-                )
+                    evidence, so_far, damping=settings.damping, pace=settings.pace, slices=settings.slices,
+                    loss=self.loss, losses=losses,
+                )  # fmt: skip
             kept = outcome.accepted
         finally:  # an error or an interruption in the search leaves the model as it was
             if not kept:
@@ -268,7 +269,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         assert self._losses is not None
         before, after = self.walk.losses, self._losses()
         verdict = judge(before, after, confidence=self.settings.guard_confidence)
-        accepted = verdict.accepted or not self.settings.guard
+        accepted = verdict.accepted or not (self.settings.guard or after.isnan().any())
         reason = verdict.reason if self.settings.guard else "accepted: not guarded"
         if not accepted:
             self.walk.go_back()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from onestep_peft.step import processes
-from onestep_peft.step.candidates import Evidence, least
+from onestep_peft.step.candidates import Evidence
 from onestep_peft.step.directions import (
     WhitenedGradient,
     damped_root,
@@ -47,12 +47,11 @@ def along_the_product(
     input_root: Tensor | None,
     *,
     length: float,
-    rank: int,
 ) -> LowRank:
     """A step of this length down the natural gradient from W = L R, on the manifold of matrices of its rank.
 
     With M = L_Sᵀ W L_A (the same in white coordinates), Γ = L_S⁻¹ G L_A⁻ᵀ, P and Q the projectors on M's column and row
-    space, and T = PΓ + ΓQ − PΓQ: M ← M − length · T / ‖T‖, cut to `rank`. G is the only `(d_out, d_in)` matrix.
+    space, and T = PΓ + ΓQ − PΓQ: M ← M − length · T / ‖T‖, cut to M's rank. G is the only `(d_out, d_in)` matrix.
 
     Args:
         update: W.
@@ -60,7 +59,6 @@ def along_the_product(
         output_root: L_S, as in `WhitenedGradient`.
         input_root: L_A. All are of one precision: fp32 will do, the roots are damped.
         length: Frobenius norm of the step in white coordinates.
-        rank: At most W's.
     """
     u, v, core = _spaces(times_transposed(output_root, update.left), times_transposed(input_root, update.right.T))
     across = solve(output_root, gradient @ solve_transposed(input_root, v))  # ΓV, (d_out, k)
@@ -68,7 +66,7 @@ def along_the_product(
     beside = across - u @ (u.T @ across)
     rate = _rate(length, (down.square().sum() + beside.square().sum()).sqrt())
     moved = LowRank(torch.cat([u, -rate * beside], 1), torch.cat([core @ v.T - rate * down, v.T], 0))
-    white, _ = moved.truncated(rank)
+    white, _ = moved.truncated(len(core))
     left, right = solve_transposed(output_root, white.left), solve_transposed(input_root, white.right.T).T
     return LowRank(left, right)
 
@@ -91,14 +89,13 @@ class Walk:
     Args:
         layers: What moves.
         parameters: All that may move; without layers they are moved along their gradients as they are.
-        rank: The most that an update's rank may be; None leaves it to each layer.
 
     Attributes:
         under_way: Whether a step has been taken that the walk goes on from.
     """
 
-    def __init__(self, layers: Sequence[Layer | Prompt], parameters: Sequence[Tensor], rank: int | None) -> None:
-        self._layers, self._parameters, self._rank = layers, parameters, rank
+    def __init__(self, layers: Sequence[Layer | Prompt], parameters: Sequence[Tensor]) -> None:
+        self._layers, self._parameters = layers, parameters
         self._kept: dict[str, Tensor] = {}
 
     @property
@@ -114,6 +111,15 @@ class Walk:
         """The held-out rows' losses where the walk began, `(rows,)`."""
         return self._kept["losses"]
 
+    def check(self, slices: int) -> None:
+        """Raises a ValueError where a checkpoint's walk is one through another number of slices."""
+        found = int(self._kept["slices"]) if self.under_way else slices
+        if found != slices:
+            raise ValueError(
+                f"The checkpoint is from a walk with `slices={found}`, and the run has {slices}. Resume with the same "
+                "`slices`."
+            )
+
     @property
     def pace(self) -> float:
         """Length of a small step at the walk's beginning, layer by layer, by that of the step that it goes on from.
@@ -124,7 +130,15 @@ class Walk:
 
     @torch.no_grad()
     def begin(
-        self, evidence: Evidence, before: Products, *, damping: float, pace: float, loss: float, losses: Tensor
+        self,
+        evidence: Evidence,
+        before: Products,
+        *,
+        damping: float,
+        pace: float,
+        slices: int,
+        loss: float,
+        losses: Tensor,
     ) -> None:
         """Notes the metric, the pace and the place from which the walk goes on.
 
@@ -133,32 +147,23 @@ class Walk:
             before: The products as they were before the step.
             damping: As in `damped_root`.
             pace: See there.
+            slices: Of the whole walk.
             loss: Mean loss of the step's rows, in nats.
             losses: Of the held-out rows after the step, `(rows,)`.
         """
-        self._kept = {
-            name: torch.tensor(value, dtype=torch.float64) for name, value in (("loss", loss), ("pace", pace))
-        }
-        self._kept["losses"] = losses.detach().clone()
+        kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("loss", loss), ("pace", pace))}
+        kept["slices"] = torch.tensor(slices)
+        kept["losses"] = losses.detach().clone()
         for layer in self._layers:
             record = evidence.statistics[layer.name]
-            if record.is_noise():
-                continue
-            assert isinstance(record, LayerStatistics | RowGradients)
-            d_out, d_in = layer.shape
-            output_root = damped_root(record.output_grad_covariance, damping, d_out)
-            input_root = damped_root(record.input_covariance, damping, d_in)
-            half = times_transposed(output_root, _moved(layer, evidence, before).double())
-            self._kept |= {
-                f"output/{layer.name}": output_root.float(),
-                f"input/{layer.name}": input_root.float(),
-                f"length/{layer.name}": times_transposed(input_root, half.T).norm(),
-            }
+            if not record.is_noise():
+                kept |= _metric_of(layer, record, damping, _moved(layer, evidence, before))
         if not self._layers:
             for i, parameter in enumerate(self._parameters):
                 then = evidence.before.of(parameter).to(parameter.device)
-                self._kept[f"length/{i}"] = (parameter.float() - then.float()).norm()
-        self._kept |= {f"start/{i}": parameter.detach().clone() for i, parameter in enumerate(self._parameters)}
+                kept[f"length/{i}"] = (parameter.float() - then.float()).norm()
+        kept |= {f"start/{i}": parameter.detach().clone() for i, parameter in enumerate(self._parameters)}
+        self._kept = kept  # all of it, or nothing
 
     @torch.no_grad()
     def advance(
@@ -190,13 +195,14 @@ class Walk:
         processes.broadcast(self._parameters)
 
     def _move(self, layer: Layer | Prompt, gradient: Tensor, length: float) -> None:
+        if gradient.dim() == 0:  # no row of the slice has reached it
+            return
         output_root, input_root = self._kept[f"output/{layer.name}"], self._kept[f"input/{layer.name}"]
         if isinstance(layer, Layer) and layer.parameter is None:
             assert layer.read is not None and layer.write is not None
             so_far = layer.read()
             if so_far is not None:
-                rank = least(layer.rank, self._rank) or so_far.rank
-                layer.write(along_the_product(so_far, gradient, output_root, input_root, length=length, rank=rank))
+                layer.write(along_the_product(so_far, gradient, output_root, input_root, length=length))
             return
         white = WhitenedGradient.of(gradient, output_root.double(), input_root.double())
         assert layer.parameter is not None
@@ -230,3 +236,21 @@ def _moved(layer: Layer | Prompt, evidence: Evidence, before: Products) -> Tenso
     parameter = layer.parameter()
     moved = parameter.float() - evidence.before.of(parameter).to(parameter.device).float()
     return layer.as_matrix(moved) if isinstance(layer, Layer) else moved
+
+
+def _metric_of(layer: Layer | Prompt, record: Statistics, damping: float, moved: Tensor) -> dict[str, Tensor]:
+    """By name, the roots of a layer's covariances, and the length of its move in their metric."""
+    assert isinstance(record, LayerStatistics | RowGradients)
+    d_out, d_in = layer.shape
+    inputs = record.input_covariance
+    if isinstance(record, LayerStatistics) and isinstance(layer, Layer) and layer.input_factor == "diagonal":
+        # Tokens that the first rows did not have would move by far the most: they count as seen once.
+        inputs = inputs.clamp_min(1 / float(record.tokens.clamp_min(1)))
+    output_root = damped_root(record.output_grad_covariance, damping, d_out)
+    input_root = damped_root(inputs, damping, d_in)
+    white = times_transposed(input_root, times_transposed(output_root, moved.double()).T)
+    return {
+        f"output/{layer.name}": output_root.float(),
+        f"input/{layer.name}": input_root.float(),
+        f"length/{layer.name}": white.norm(),
+    }
