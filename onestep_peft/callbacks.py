@@ -30,11 +30,13 @@ class StepCallback(TrainerCallback):
         self._trainer.begin_pass()
 
     def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        # Trainer's epoch is a slice, the user's a walk through all rows.
+        state.epoch = state.global_step / self._trainer.slices
         if self._trainer.end_step():
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if state.global_step % self._trainer.slices:  # Trainer's epoch is a slice, the user's a walk through all rows
+        if state.global_step % self._trainer.slices:
             control.should_evaluate = control.should_save = control.should_log = False
 
 

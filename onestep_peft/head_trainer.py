@@ -43,6 +43,10 @@ class HeadTrainer(SharingTrainer):
         """The model out of accelerate's wrapping."""
         return self.accelerator.unwrap_model(cast(nn.Module, self.model))
 
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that a run may change."""
+        return [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
+
     def held_out_losses(self) -> Tensor:
         """The held-out rows' losses at the model as it stands, `(rows,)`."""
         assert self.held_out is not None

@@ -259,7 +259,6 @@ class OneStepTrainer(SavingTrainer):
 
     def end_step(self) -> bool:
         """After a step: books its times, fits the head to the moved body; returns whether to stop here."""
-        self.state.epoch = self.state.global_step / self.slices
         for part, seconds in self.one_step.seconds.items():
             self.seconds[part] += seconds
         steps = self.one_step.ended_steps()
@@ -349,10 +348,6 @@ class OneStepTrainer(SavingTrainer):
             return []
         fitted = self.adapted.head if self.fits_head() else None
         return self._method.layers(self.bare_model, fitted)
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that a run may change."""
-        return [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
 
     def settings_of_the_run(self) -> dict[str, Any]:
         """What the update and the report depend on, beside rows and model."""

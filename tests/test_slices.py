@@ -11,12 +11,14 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
 
-from onestep_peft import OneStepTrainer
+from onestep_peft import OneStepTrainer, head
 from onestep_peft import slices as slices_module
 from onestep_peft.held_out import by_content, listed
 from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.slices import PartedRows, SlicedRows, number_of_shares, number_of_slices, pace
+from onestep_peft.step import optimizer as optimizer_module
 from onestep_peft.step import walk
+from onestep_peft.step.guard import Verdict
 from onestep_peft.step.walk import Walk
 from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 from onestep_peft.tasks.task import UNLABELLED
@@ -225,6 +227,27 @@ def test_a_walk_begins_with_a_head_that_knows_its_first_slice_only(tmp_path: Pat
         walked(tmp_path / str(len(heads)), rows, **options)
         heads.append(watch.weight)
     assert relative_difference(heads[0], heads[1]) < 1e-4 < 1e-2 < relative_difference(heads[0], heads[2])
+
+
+def test_a_refused_walk_has_the_head_of_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_module, "judge", lambda *_, **__: Verdict(False, "refused: for the test", 0.0, 0.0))
+    fitted, fit = [], head.fit
+
+    def noting(x: torch.Tensor, *args: Any, **options: Any) -> head.HeadFit:
+        fitted.append(len(x))
+        return fit(x, *args, **options)
+
+    monkeypatch.setattr(head, "fit", noting)
+    trainer = walked(tmp_path, fit_head=True)
+    (step,) = trainer.report.steps
+    assert not step["accepted"] and step["head_refitted"] and fitted == [80, 400]
+    assert float(trainer.held_out_losses().mean()) < step["loss_before"]
+
+
+def test_what_comes_once_an_epoch_comes_once_a_walk(tmp_path: Path) -> None:
+    trainer = walked(tmp_path, guard=False, save_strategy="epoch")
+    assert trainer.state.global_step == 6 and trainer.state.epoch == 1
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize("change", [{"per_device_train_batch_size": 3}, {"rows": WALK_ROWS_HERE[::-1]}])

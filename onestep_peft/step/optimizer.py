@@ -81,8 +81,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self._covers = True
         self.bodies = Bodies(self._parameters if body is None else body, settings.parts, lambda: self.state)
         self.walk = Walk(layers, self._parameters)
-        self.goes_on = False
-        self.done, self.loss, self.step_size = 0, math.nan, 0.0
+        self.goes_on, self.done, self.loss, self.step_size = False, 0, math.nan, 0.0
         self.seconds: dict[str, float] = {}
         self.gradient_norm: float | None = None
 
@@ -270,11 +269,10 @@ class OneStepOptimizer(torch.optim.Optimizer):
         before, after = self.walk.losses, self._losses()
         verdict = judge(before, after, confidence=self.settings.guard_confidence)
         accepted = verdict.accepted or not (self.settings.guard or after.isnan().any())
-        reason = verdict.reason if self.settings.guard else "accepted: not guarded"
         if not accepted:
             self.walk.go_back()
         losses = float(before.mean()), float(after.mean())
-        return StepOutcome(WALK, self.walk.pace, [], *losses, accepted, reason)
+        return StepOutcome(WALK, self.walk.pace, [], *losses, accepted, verdict.reason)
 
     def ended_steps(self) -> list[StepOutcome]:
         """What the steps of the walk through the rows that has just ended did; empty where it goes on."""

@@ -157,7 +157,7 @@ class Walk:
         for layer in self._layers:
             record = evidence.statistics[layer.name]
             if not record.is_noise():
-                kept |= _metric_of(layer, record, damping, _moved(layer, evidence, before))
+                kept |= metric_of(layer, record, damping, _moved(layer, evidence, before))
         if not self._layers:
             for i, parameter in enumerate(self._parameters):
                 then = evidence.before.of(parameter).to(parameter.device)
@@ -238,7 +238,7 @@ def _moved(layer: Layer | Prompt, evidence: Evidence, before: Products) -> Tenso
     return layer.as_matrix(moved) if isinstance(layer, Layer) else moved
 
 
-def _metric_of(layer: Layer | Prompt, record: Statistics, damping: float, moved: Tensor) -> dict[str, Tensor]:
+def metric_of(layer: Layer | Prompt, record: Statistics, damping: float, moved: Tensor) -> dict[str, Tensor]:
     """By name, the roots of a layer's covariances, and the length of its move in their metric."""
     assert isinstance(record, LayerStatistics | RowGradients)
     d_out, d_in = layer.shape

@@ -14,8 +14,8 @@ from onestep_peft.step.directions import damped_root
 from onestep_peft.step.layers import Layer, LowRank
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.step.outcome import WALK, StepSettings
-from onestep_peft.step.statistics import observed
-from onestep_peft.step.walk import ASTRAY, Walk, along_the_product
+from onestep_peft.step.statistics import LayerStatistics, observed
+from onestep_peft.step.walk import ASTRAY, Walk, along_the_product, metric_of
 from tests.conftest import same_bits
 from tests.step.test_optimizer import ROWS, data, net, one_pass, row_losses, settings
 
@@ -262,3 +262,56 @@ def test_a_walk_goes_on_from_what_was_kept_of_it() -> None:
         results.append([parameter.detach().clone() for parameter in model.parameters()])
     assert not same_bits(results[0][0], before[0])
     assert all(same_bits(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_the_rank_of_directions_does_not_cut_what_is_there() -> None:
+    model = net()
+    start = model[0].weight.detach().clone()
+    _, seen = walked(model, [as_product("first", model[0], 4)], directions=("kfac:4",), rank=1)
+    for one in seen:
+        sigma = torch.linalg.svdvals((one[0] - start).double())
+        assert sigma[3] > 1e-3 * sigma[0] > 1e3 * sigma[4]
+
+
+def test_tokens_that_the_first_rows_did_not_have_count_as_seen_once() -> None:
+    """Else a later row's would move as if nothing were known to hold them."""
+    record = LayerStatistics((3, 50), torch.device("cpu"), "diagonal")
+    record.gradient, record.input_covariance = torch.ones(3, 50), torch.zeros(50)
+    record.output_grad_covariance, record.tokens = torch.eye(3), torch.tensor(40.0)
+    record.input_covariance[:2] = torch.tensor([0.75, 0.25])
+    layer = Layer("words", nn.Embedding(50, 3), (3, 50), 1.0, None, input_factor="diagonal")
+    known = metric_of(layer, record, 0.1, torch.ones(3, 50))
+    floored = torch.full((50,), 1 / 40)
+    floored[:2] = record.input_covariance[:2]
+    assert torch.allclose(known["input/words"].square(), floored + 0.1 * floored.mean(), rtol=1e-5)
+
+
+def test_an_error_at_its_beginning_leaves_no_walk_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, say: with smaller batches the first step is made anew."""
+
+    def failing(*_: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    model = net()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(walk_module, "_moved", failing)
+        walked(model, [in_place("first", model[0])], until=1)
+    for now, then in zip(model.parameters(), net().parameters(), strict=True):
+        assert same_bits(now.detach(), then.detach())
+    optimizer, _ = walked(model, [in_place("first", model[0])], until=1)
+    assert optimizer.outcomes[0].accepted
+
+
+def test_a_layer_that_no_row_of_a_slice_reaches_stays() -> None:
+    model = net()
+    optimizer, seen = walked(model, [in_place("first", model[0])], until=2)
+    optimizer.statistics["first"].gradient = torch.zeros(())
+    optimizer.walk.advance(optimizer.statistics, optimizer.gradients, left=0.5, loss=0.1)
+    assert same_bits(model[0].weight.detach(), seen[1][0])
+
+
+def test_a_walk_through_another_number_of_slices_is_refused() -> None:
+    optimizer, _ = walked(model := net(), [in_place("first", model[0])], until=2)
+    optimizer.walk.check(SLICES)
+    with pytest.raises(ValueError, match=r"`slices=4`, and the run has 7"):
+        optimizer.walk.check(7)
