@@ -271,8 +271,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
         accepted = verdict.accepted or not (self.settings.guard or after.isnan().any())
         if not accepted:
             self.walk.go_back()
-        losses = float(before.mean()), float(after.mean())
-        return StepOutcome(WALK, self.walk.pace, [], *losses, accepted, verdict.reason)
+        reason = verdict.reason if accepted == verdict.accepted else "accepted: not guarded"
+        return StepOutcome(WALK, self.walk.pace, [], float(before.mean()), float(after.mean()), accepted, reason)
 
     def ended_steps(self) -> list[StepOutcome]:
         """What the steps of the walk through the rows that has just ended did; empty where it goes on."""

@@ -230,6 +230,7 @@ def test_a_walk_that_does_not_help_ends_where_it_began(guard: bool, monkeypatch:
     optimizer, seen = walked(model, [in_place("first", model[0])], guard=guard, pace=-3.0)  # uphill
     walk = optimizer.outcomes[-1]
     assert walk.loss_after > walk.loss_before and walk.accepted is not guard
+    assert walk.reason.startswith("refused" if guard else "accepted")
     assert all(same_bits(now, then) for now, then in zip(seen[-1], seen[0], strict=True)) is guard
     assert [one.direction for one in optimizer.ended_steps()] == ["kfac", WALK]
 
