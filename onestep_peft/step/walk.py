@@ -191,7 +191,9 @@ class Walk:
                 gradient = gradients.of(parameter)
                 if gradient is not None:
                     rate = _rate(share * float(self._kept[f"length/{i}"]), gradient.norm())
-                    parameter.copy_(parameter.float() - rate * gradient)
+                    wide = self._wide(parameter)
+                    wide.sub_(rate * gradient)
+                    parameter.copy_(wide)
         processes.broadcast(self._parameters)
 
     def _move(self, layer: Layer | Prompt, gradient: Tensor, length: float) -> None:
@@ -207,14 +209,24 @@ class Walk:
         white = WhitenedGradient.of(gradient, output_root.double(), input_root.double())
         assert layer.parameter is not None
         parameter = layer.parameter()
-        matrix = layer.as_matrix(parameter) if isinstance(layer, Layer) else parameter
-        matrix.copy_(matrix.float() - _rate(length, white.white.norm()) * white.whole())
+        wide = self._wide(parameter)
+        matrix = layer.as_matrix(wide) if isinstance(layer, Layer) else wide
+        matrix.sub_(_rate(length, white.white.norm()) * white.whole())
+        parameter.copy_(wide)
+
+    def _wide(self, parameter: Tensor) -> Tensor:
+        """What is moved in a parameter's place: 16 bits would round a small step away, so its sum is kept in fp32."""
+        if parameter.dtype.itemsize >= torch.float32.itemsize:
+            return parameter
+        number = next(i for i, one in enumerate(self._parameters) if one is parameter)
+        return self._kept.setdefault(f"wide/{number}", parameter.detach().float())
 
     @torch.no_grad()
     def go_back(self) -> None:
         """Gives every parameter the bits that it had where the walk began."""
         for i, parameter in enumerate(self._parameters):
             parameter.copy_(self._kept[f"start/{i}"])
+            self._kept.pop(f"wide/{i}", None)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the walk goes by, by name; empty where none is under way."""

@@ -316,3 +316,31 @@ def test_a_walk_through_another_number_of_slices_is_refused() -> None:
     optimizer.walk.check(SLICES)
     with pytest.raises(ValueError, match=r"`slices=4`, and the run has 7"):
         optimizer.walk.check(7)
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_weights_of_16_bits_are_rounded_from_a_sum_in_fp32(layers: bool) -> None:
+    """Steps that are each far below a weight's last bit add up to those of fp32 weights, rounded once."""
+    model = net().to(torch.bfloat16)
+    chosen = {"directions": ("kfac",) if layers else ("sgd",), "pace": 1e-3, "slices": 40}
+    x, y = data(seed=10)
+    layer = [in_place("first", model[0])] if layers else []
+    with observed(layer) as statistics:
+        optimizer = OneStepOptimizer(
+            model.parameters(), settings(**chosen), layers=layer, statistics=statistics,
+            held_out_losses=lambda: row_losses(model, data(seed=5)[0].bfloat16(), data(seed=5)[1])().float(),
+        )  # fmt: skip
+        with optimizer.gradients.collected():
+            for number in range(30):
+                one_pass(optimizer, model, x.bfloat16(), y, (ROWS,))
+                optimizer.loss = 0.1
+                optimizer.step()
+                if number == 0:
+                    start = model[0].weight.detach().clone()
+                    assert optimizer.outcomes[0].accepted
+                    length = float(optimizer.walk.tensors()["length/first" if layers else "length/0"])
+    wide = optimizer.walk.tensors()["wide/0"]
+    assert length > 0 and not same_bits(wide.bfloat16(), start)
+    assert same_bits(model[0].weight.detach(), wide.bfloat16())
+    optimizer.walk.go_back()
+    assert same_bits(model[0].weight.detach(), start) and "wide/0" not in optimizer.walk.tensors()
