@@ -262,7 +262,8 @@ def metric_of(layer: Layer | Prompt, record: Statistics, damping: float, moved: 
     input_root = damped_root(inputs, damping, d_in)
     white = times_transposed(input_root, times_transposed(output_root, moved.double()).T)
     return {
-        f"output/{layer.name}": output_root.float(),
-        f"input/{layer.name}": input_root.float(),
+        # As they come back from a file: the order in memory tells in the last bits.
+        f"output/{layer.name}": output_root.float().contiguous(),
+        f"input/{layer.name}": input_root.float().contiguous(),
         f"length/{layer.name}": white.norm(),
     }
