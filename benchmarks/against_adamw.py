@@ -51,6 +51,8 @@ def arms(setting: Setting, setfit_python: Path | None = None) -> dict[str, Arm]:
         "lora_one step": lambda s: one_step.one_step(s, direction="lora_one"),
         "sign step": lambda s: one_step.one_step(s, direction="sign"),
     }
+    if setting.rows > SMALL:  # where the default is a walk
+        found["one step of all rows, lora"] = lambda s: one_step.one_step(s, slices=1)
     for number in epochs(setting.rows):
         for rate in baselines.RATES:
             found[f"adamw, {number} epochs, rate {rate:g}"] = lambda s, r=rate, n=number: baselines.adamw(s, r, n)

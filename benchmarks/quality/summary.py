@@ -18,7 +18,7 @@ from .settings import unpacked
 Row = dict[str, Any]
 # How the names of AdamW's runs begin.
 LORA_ADAMW, PROMPT_ADAMW = "adamw", "prompt adamw"
-OURS = ("one step, lora", "one step, full", "three steps, lora", "three steps, full")
+OURS = ("one step, lora", "one step, full", "three steps, lora", "three steps, full", "one step of all rows, lora")
 OTHERS = ("lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit")
 OUR_PROMPTS = ("one step, prompt", "three steps, prompt")
 ADAMW, ADAMW_ON_A_PROMPT = "AdamW, tuned", "AdamW on a prompt, tuned"
@@ -181,8 +181,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         axis.set_title(f"{name}, {number} rows")
         axis.set_xlabel("CPU seconds")
     axes[0][0].set_ylabel("test score")
-    for label, style in (("ours", "C3*"), ("AdamW", "C0."), ("others", "k.")):
-        axes[0][-1].plot([], [], style, label=label)
+    for label, style, colour in (("ours", "*", "C3"), ("AdamW", ".", "C0"), ("others", ".", "0.6")):
+        axes[0][-1].plot([], [], style, color=colour, label=label)
     axes[0][-1].legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
