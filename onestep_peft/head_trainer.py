@@ -203,8 +203,9 @@ class HeadTrainer(SharingTrainer):
             lead: Whether a walk is to begin: then it is to those of its first slice, so that neither the head nor the
                 body has seen the rows of the others when their turn comes.
         """
-        lead = lead and self._sliced is not None and cast(OneStepConfig, self.args).walks
-        places = self._sliced.lead if lead and self._sliced is not None else list(range(len(self.pass_rows)))
+        places = list(range(len(self.pass_rows)))
+        if lead and cast(OneStepConfig, self.args).walks and self._sliced is not None:
+            places = self._sliced.lead
         if not self.task.by_token:
             return places
         rows, tokens, taken, wanted = listed(self.train_dataset), 0, [], set(places)
