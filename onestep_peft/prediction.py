@@ -126,7 +126,7 @@ def predict(
     own.model_max_length = longest_input(tokenizer, positions_of(model), virtual_tokens, max_length)
     if task.by_token or virtual_tokens:
         own.padding_side = "right"  # as in training: padding before a row would shift its positions
-    call: Any = cast(Any, pipeline)(task.name, model=model, tokenizer=own)
+    call: Any = cast(Any, pipeline)(task.name, model=model, tokenizer=own, device=model.device)
     options = {"is_split_into_words": _kind(texts[0]) == WORDS} if texts and task.by_token else {}
     for start in starts:
         batch = texts[start : start + batch_size]

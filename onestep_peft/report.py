@@ -264,8 +264,14 @@ def outcome_of(record: dict[str, Any]) -> StepOutcome:
     )
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets `peak_memory` count from here on, where that can be: what a process has held it does not forget."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: of the accelerator, or of this process."""
+    """The most bytes held so far: of the accelerator since it was last reset, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

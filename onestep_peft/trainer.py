@@ -31,7 +31,7 @@ from onestep_peft.config import AUTO, OneStepConfig
 from onestep_peft.held_out import select, split_rows
 from onestep_peft.methods import check_directions, method_for, prompt_tuning
 from onestep_peft.plan import Plan, make_plan
-from onestep_peft.report import StepReport, peak_memory, step_record
+from onestep_peft.report import StepReport, peak_memory, reset_peak_memory, step_record
 from onestep_peft.rows import Sets
 from onestep_peft.saving import check_folder
 from onestep_peft.saving_trainer import SavingTrainer
@@ -217,6 +217,7 @@ class OneStepTrainer(SavingTrainer):
         self.pass_seconds = 0.0
         self._before: Snapshot | None = None
         began = time.perf_counter()
+        reset_peak_memory(self.args.device)
         try:
             with self.resumable():
                 with contextlib.ExitStack() as self._stack:

@@ -16,9 +16,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from onestep_peft import OneStepTrainer, StepReport, load
+from onestep_peft.hub import probe
 from onestep_peft.methods import lora
 from onestep_peft.saving import check_free, read_whole, save_whole
-from tests.conftest import bits, tiny_bert, toy_rows, trainer_for, word_tokenizer
+from tests.conftest import bits, tiny_bert, tiny_llama, toy_rows, trainer_for, word_tokenizer
 
 SENTINEL = "sentinel-5f0c1e7b"
 SECRET = "hf_" + "Zq7" * 11
@@ -289,3 +290,23 @@ def test_the_head_and_labels_come_back(world: tuple[Path, OneStepTrainer]) -> No
     assert torch.equal(model.state_dict()[name], trainer.model.state_dict()[name])
     fresh = AutoModelForSequenceClassification.from_pretrained(root / "base", num_labels=2)
     assert not torch.equal(fresh.classifier.weight, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_record_of_a_run_under_autocast_is_what_a_load_answers(decoder: bool, tmp_path: Path) -> None:
+    body = tiny_llama().model if decoder else tiny_bert().bert
+    body.save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = trainer_for(
+        tmp_path / "out", toy_rows(120, 1), model=str(tmp_path / "base"), bf16=True, fit_head=True,
+        search_fraction=0.3,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    found = probe.compare(tmp_path / "out")
+    assert found["difference"] <= found["tolerance"] == probe.TOLERANCE
+    inputs = word_tokenizer()(["w1 w2 w50"], return_tensors="pt")
+    with torch.no_grad():  # autocast is back
+        logits = trainer.model.eval()(**inputs).logits
+        exact = load(tmp_path / "out")[0](**inputs).logits
+    assert not torch.allclose(logits, exact, rtol=1e-5)

@@ -7,8 +7,10 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
+import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from onestep_peft.cli import rows as inputs
@@ -70,6 +72,8 @@ def run(arguments: list[str]) -> None:
     model, tokenizer = load(
         given["folder"], given["revision"], base_model=given["base_model"], allow_pickle=given["allow_pickle"]
     )
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        cast(nn.Module, model).to(accelerator)
     check_texts(task_of(model), texts)
     options = {name: given[name] for name in ("batch_size", "max_length", "max_new_tokens")}
     records = predict(model, tokenizer, texts, **options)

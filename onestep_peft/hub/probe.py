@@ -6,12 +6,13 @@ answers are off.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,27 @@ def _redrawn(ids: Tensor, keep: set[int], vocabulary: int) -> Tensor:
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     was_training = model.training
     model.eval()
-    logits = logits_for(model, inputs).float().cpu().contiguous()
+    with _own_precision(model):
+        logits = logits_for(model, inputs).float().cpu().contiguous()
     model.train(was_training)
     return logits
+
+
+@contextlib.contextmanager
+def _own_precision(model: nn.Module) -> Iterator[None]:
+    """While open, a model that is trained under autocast answers without it, as one does that has been loaded.
+
+    accelerate puts a forward that opens autocast in the place of the model's own, which it keeps beside it.
+    """
+    wrapped, own = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    try:
+        if wrapped is not None and own is not None:
+            model.forward = own
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        if wrapped is not None and own is not None:
+            model.forward = wrapped
 
 
 def dtype_of(model: nn.Module) -> str:

@@ -13,7 +13,8 @@ from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onestep_peft import OneStepTrainer, load
+from onestep_peft import OneStepTrainer, head, load
+from onestep_peft.prediction import predict
 from onestep_peft.step import snapshot
 from onestep_peft.step.snapshot import Snapshot
 from onestep_peft.tasks import logits_for
@@ -160,6 +161,30 @@ def test_a_snapshot_brings_the_bits_back_from_either_memory(large: bool, monkeyp
     assert_same_bits(model, before)
 
 
+@pytest.mark.parametrize("small", [0, head.SMALL])
+def test_a_head_is_the_same_wherever_it_is_fitted_and_lies_with_its_items(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "SMALL", small)
+    draw = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(90, 8, generator=draw), torch.randint(3, (90,), generator=draw)
+    found = {}
+    for name, where in _cpu_and_device():
+        items, held = (x[:60].to(where), labels[:60].to(where)), (x[60:].to(where), labels[60:].to(where))
+        whole = head.fit(*items, held_out=held, outputs=3, bias=True)
+        some = head.refit(items[0][:40], items[1][:40], whole)
+        assert whole.weight.device.type == some.weight.device.type == where.type
+        found[name] = torch.cat([whole.weight, some.weight]).cpu()
+    assert torch.allclose(found["found"], found["wanted"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_predicts_stays_where_it_is() -> None:
+    for where in (CPU, device()):
+        model = tiny_bert().eval().to(where)
+        assert len(list(predict(model, word_tokenizer(), ["w1 w2", "w3"]))) == 2
+        assert next(model.parameters()).device.type == where.type
+
+
 def test_two_processes_make_the_update_of_one(tmp_path: Path) -> None:
     on_cpu = device() == CPU
     if not on_cpu and number_of_gpus() < 2:
@@ -171,10 +196,9 @@ def test_two_processes_make_the_update_of_one(tmp_path: Path) -> None:
         one = {} if on_cpu or number > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
         launch(tmp_path / str(number), number, *kinds, cpu=on_cpu, environment={**environment, **one})
     for kind in kinds:
-        name = kind.replace(", ", "-").replace(" ", "_")
-        report = json.loads((tmp_path / "2" / f"{name}.json").read_text())
+        report = json.loads((tmp_path / "2" / f"{kind}.json").read_text())
         assert report["processes"] == 2
-        wanted, found = (load_file(tmp_path / number / f"{name}.safetensors") for number in ("1", "2"))
+        wanted, found = (load_file(tmp_path / number / f"{kind}.safetensors") for number in ("1", "2"))
         for parameter, value in wanted.items():
             if "lora_A" not in parameter and "lora_B" not in parameter:  # their products are compared on the CPU
                 assert torch.allclose(found[parameter], value, rtol=1e-3, atol=1e-5), (kind, parameter)
