@@ -12,10 +12,15 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from quality import baselines, one_step, setfit_arm, summary
 from quality.settings import Setting
 from results_file import Results
@@ -28,6 +33,9 @@ PROMPT_SETS, PROMPT_EPOCHS = ("trec6", "sst2"), 10
 SMALL, LARGE = 500, 6000
 SEEDS = (0, 1, 2)
 RESULTS = Results("against_adamw")
+
+# Arms that go by the rate that AdamW is best at.
+LATE = ("fitted head", "lora_ga, 1 step", "lora_ga, 1 epoch")
 
 Arm = Callable[[Setting], dict[str, Any]]
 
@@ -104,31 +112,42 @@ def with_best_rate(
     return {"rate": rate, **run(rate)}
 
 
-def alone(arm: Arm, setting: Setting) -> dict[str, Any]:
+def alone(name: str, setting: Setting, setfit_python: Path | None = None) -> dict[str, Any]:
     """An arm's result from a process of its own, with its CPU time, scoring included, and the most memory it held.
 
     Where that process runs another, as SetFit's does, the CPU times add up (the start of the other's interpreter
     among them), and the larger memory counts.
     """
-    context = multiprocessing.get_context("fork")  # what is imported here is there at once, the same for every arm
+    # A process that has used a GPU cannot be forked. What this server imports is there at once, the same for every arm.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["against_adamw"])
     ours, theirs = context.Pipe(duplex=False)
-
-    def run() -> None:
-        result = arm(setting)
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        seconds = sum(one.ru_utime + one.ru_stime for one in used)
-        memory = max(one.ru_maxrss for one in used) * 1024
-        theirs.send({**result, "cpu_seconds": seconds, "peak_memory_bytes": memory})
-
-    process = context.Process(target=run)
+    process = context.Process(target=_answer, args=(name, setting, setfit_python, theirs))
     process.start()
     theirs.close()
     try:
         return ours.recv()
     except EOFError:
-        raise RuntimeError("The arm's process has failed; its error is above.") from None
+        raise RuntimeError(f"The process of {name} has failed; its error is above.") from None
     finally:
         process.join()
+
+
+def _answer(name: str, setting: Setting, setfit_python: Path | None, to: Connection) -> None:
+    quiet()
+    result = arms(setting, setfit_python)[name](setting)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(one.ru_utime + one.ru_stime for one in used)
+    memory = max(one.ru_maxrss for one in used) * 1024
+    about = {"cpu_seconds": seconds, "peak_memory_bytes": memory}
+    if torch.cuda.is_available():
+        about["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    to.send({**result, **about})
+
+
+def quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def settings(data: Path) -> list[Setting]:
@@ -137,18 +156,55 @@ def settings(data: Path) -> list[Setting]:
     return [*small, *(Setting(data, name, LARGE, 0) for name in LARGE_SETS)]
 
 
-def run_missing(setting: Setting, begins: tuple[str, ...], setfit_python: Path | None = None) -> None:
-    for name, arm in arms(setting, setfit_python).items():
-        if not name.startswith(begins) or RESULTS.find(**setting.key, arm=name):
-            continue
-        result = alone(arm, setting)
-        RESULTS.add({**setting.key, "arm": name, **result})
-        test, seconds = result["test"], result["seconds"]["total"]
-        print(
-            f"{setting.name} {setting.rows} seed {setting.seed}: {name}: {test['score']:.3f}, log-loss "
-            f"{test['loss']:.3f}, {seconds:.0f} s",
-            flush=True,
-        )
+Run = tuple[str, Setting]
+
+
+def missing(wanted: Iterable[Setting], begins: tuple[str, ...], setfit_python: Path | None) -> list[Run]:
+    """The runs that are not in the results yet."""
+    return [
+        (name, setting)
+        for setting in wanted
+        for name in arms(setting, setfit_python)
+        if name.startswith(begins) and not RESULTS.find(**setting.key, arm=name)
+    ]
+
+
+def rates_known(setting: Setting, late: str) -> bool:
+    """Whether AdamW has run at all rates that this late arm chooses among."""
+    prompt = late.startswith(summary.PROMPT_ADAMW)
+    arm = summary.PROMPT_ADAMW if prompt else summary.LORA_ADAMW
+    rates, numbers = (baselines.PROMPT_RATES, (PROMPT_EPOCHS,)) if prompt else (baselines.RATES, epochs(setting.rows))
+    names = [f"{arm}, {number} epochs, rate {rate:g}" for number in numbers for rate in rates]
+    return all(RESULTS.find(**setting.key, arm=name) for name in names)
+
+
+def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minutes: float) -> None:
+    """Runs what is missing, so many at a time; nothing new is begun after so many minutes."""
+    writing, end = threading.Lock(), time.monotonic() + 60 * minutes
+
+    def run(one: Run) -> None:
+        name, setting = one
+        if time.monotonic() > end or (name.endswith(LATE) and not rates_known(setting, name)):
+            return
+        try:
+            result = alone(name, setting, setfit_python)
+        except RuntimeError as error:  # the others go on
+            print(error, flush=True)
+            return
+        with writing:
+            RESULTS.add({**setting.key, "arm": name, **result, **({"beside": workers - 1} if workers > 1 else {})})
+            test, seconds = result["test"], result["seconds"]["total"]
+            print(
+                f"{setting.name} {setting.rows} seed {setting.seed}: {name}: {test['score']:.3f}, log-loss "
+                f"{test['loss']:.3f}, {seconds:.0f} s",
+                flush=True,
+            )
+
+    # What goes by AdamW's best rate waits for all of them.
+    first, last = ([one for one in runs if one[0].endswith(LATE) == late] for late in (False, True))
+    for some in (first, last):
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(run, sorted(some, key=lambda one: -one[1].rows)))
 
 
 def main() -> None:
@@ -160,13 +216,20 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="only arms whose names begin so")
     parser.add_argument("--setfit-python", type=Path, help="interpreter of SetFit's environment, to run that arm too")
     parser.add_argument("--table", action="store_true", help="table and picture from the results that are there")
+    parser.add_argument("--workers", type=int, default=1, help="so many runs at a time; their seconds tell little then")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     options = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    for setting in settings(options.data) if not options.table else []:
-        wanted = (options.sets or [setting.name], options.rows or [setting.rows], options.seeds or [setting.seed])
-        if setting.name in wanted[0] and setting.rows in wanted[1] and setting.seed in wanted[2]:
-            run_missing(setting, tuple(options.arms or ("",)), options.setfit_python)
+    quiet()
+    if not options.table:
+        wanted = [
+            one
+            for one in settings(options.data)
+            if one.name in (options.sets or [one.name])
+            and one.rows in (options.rows or [one.rows])
+            and one.seed in (options.seeds or [one.seed])
+        ]
+        runs = missing(wanted, tuple(options.arms or ("",)), options.setfit_python)
+        run_all(runs, options.setfit_python, options.workers, options.minutes)
     rows = RESULTS.rows()
     print(summary.table(rows), summary.prompt_table(rows), summary.harm(rows), sep="\n\n")
     summary.draw(rows, RESULTS.path.with_suffix(".png"))

@@ -66,7 +66,8 @@ def loraga(setting: Setting, rate: float, steps: int = -1) -> dict[str, Any]:
     def walk() -> None:
         with torch.enable_grad():
             for start in range(0, len(rows), 16):
-                model(**collate([rows[i] for i in range(start, min(start + 16, len(rows)))])).loss.backward()
+                batch = collate([rows[i] for i in range(start, min(start + 16, len(rows)))])
+                model(**batch.to(model.device)).loss.backward()
 
     began = time.perf_counter()
     config = _lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
@@ -128,13 +129,17 @@ def tokenised(rows: list[dict[str, Any]], tokenizer: Any) -> Dataset:
 
 def fit_head(setting: Setting, model: Any, tokenizer: Any) -> None:
     """The head that one step begins from: logistic regression on the frozen encoder."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as Trainer chooses it
+    model.to(device)
     layer = head.active(model, "classifier")
     collate = DataCollatorWithPadding(tokenizer)
 
     def found(rows: list[dict[str, Any]]) -> head.Features:
         tokens = tokenised(rows, tokenizer)
         starts = range(0, len(tokens), 32)
-        batches = (collate([tokens[i] for i in range(start, min(start + 32, len(tokens)))]) for start in starts)
+        batches = (
+            collate([tokens[i] for i in range(start, min(start + 32, len(tokens)))]).to(device) for start in starts
+        )
         return head.features(model, layer, batches)
 
     train, held = found(setting.train()), found(setting.search())

@@ -35,7 +35,7 @@ LEAST = 1e-6
 
 def trained(job: dict[str, Any]) -> tuple[SetFitModel, float, int]:
     """The model after one epoch of pairs and the head, seconds of both, and the number of pairs."""
-    model = SetFitModel.from_pretrained(job["model"], device="cpu")
+    model = SetFitModel.from_pretrained(job["model"], device="cuda" if torch.cuda.is_available() else "cpu")
     model.model_body.max_seq_length = job["max_length"]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
