@@ -57,6 +57,8 @@ class OneStepConfig(TrainingArguments):
             that of all rows. Not for slices.
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
         search_rows_max: The most rows that are held out of the training set.
+        search_tokens_max: In tasks by token, only so many of the held-out rows are looked at as have so many labelled
+            tokens together: every point of a search takes a forward of them. None for all.
         guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
             nothing is held out of its rows.
         max_length: Tokens of a row with text, the special ones counted; longer rows are cut, and plain texts for text
@@ -99,6 +101,9 @@ class OneStepConfig(TrainingArguments):
     )
     search_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows held out."})
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
+    search_tokens_max: int | None = field(
+        default=10_000, metadata={"help": "The most labelled tokens of held-out rows that are looked at."}
+    )
     guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
     guard_confidence: float = field(default=0.95, metadata={"help": "Below this a gain is called weak."})
     max_length: int | None = field(
@@ -132,6 +137,8 @@ class OneStepConfig(TrainingArguments):
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
         _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)
+        if self.search_tokens_max is not None:
+            _check_range("search_tokens_max", self.search_tokens_max, 1, None, "10000", whole=True)
         if self.search_budget is not None:
             _check_range("search_budget", self.search_budget, 1, None, "None", whole=True)
         _check_range("save_pass_minutes", self.save_pass_minutes, 0, None, "5")

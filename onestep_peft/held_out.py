@@ -285,11 +285,13 @@ def split_rows(train: Any, search: Any, config: OneStepConfig, task: Task) -> Sp
     if not kept:
         raise ValueError("No row of train_dataset has a label. Check the label column.")
     if search is not None:
-        numbers = _labelled(listed(search), task)
+        numbers = _enough(_labelled(listed(search), task), listed(search), config.search_tokens_max, task)
         return Split(_longest_first(kept, rows), select(search, numbers), numbers, "search_dataset")
     if not config.needs_held_out_rows:
         return Split(_longest_first(kept, rows), None, [], "")
     stay, held = carve([rows[i] for i in kept], config.search_fraction, config.search_rows_max)
+    wanted = set(_enough([kept[i] for i in held], rows, config.search_tokens_max, task))
+    stay, held = [i for i in range(len(kept)) if kept[i] not in wanted], [i for i in held if kept[i] in wanted]
     if len(held) < 2 or not stay:
         raise ValueError(
             f"{len(kept)} training rows with `search_fraction={config.search_fraction}` leave {len(held)} rows to "
@@ -311,6 +313,24 @@ def _longest_first(numbers: list[int], rows: Sequence[Mapping[str, Any]]) -> lis
 
 def _labelled(rows: Sequence[Mapping[str, Any]], task: Task) -> list[int]:
     return [i for i, row in enumerate(rows) if int(task.row_items(torch.as_tensor(row["labels"])[None])) > 0]
+
+
+def _enough(numbers: list[int], rows: Sequence[Mapping[str, Any]], most: int | None, task: Task) -> list[int]:
+    """As many of these rows as have so many labelled tokens together, and two at least; of equal rows all or none.
+
+    They are taken by their contents' hashes, so that their order has no say.
+    """
+    if most is None or not task.by_token:
+        return numbers
+    keys = {i: content_key(rows[i]) for i in numbers}
+    taken: list[int] = []
+    tokens = 0
+    for i in sorted(numbers, key=lambda i: keys[i]):
+        if tokens >= most and len(taken) > 1 and keys[i] != keys[taken[-1]]:
+            break
+        taken.append(i)
+        tokens += int(task.row_items(torch.as_tensor(rows[i]["labels"])[None]))
+    return sorted(taken)
 
 
 def listed(rows: Any) -> list[Any]:

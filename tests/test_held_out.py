@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from onestep_peft import OneStepTrainer, head
-from onestep_peft.held_out import HeldOut
+from onestep_peft.held_out import HeldOut, listed, split_rows
 from onestep_peft.tasks import (
     MULTI_LABEL_CLASSIFICATION,
     TEXT_CLASSIFICATION,
+    TEXT_GENERATION,
     TEXT_REGRESSION,
     TOKEN_CLASSIFICATION,
     Task,
 )
-from tests.conftest import SPECIAL, tiny_bert, tiny_llama, toy_rows, trainer_for, word_tokenizer
+from tests.conftest import SPECIAL, config_for, tiny_bert, tiny_llama, toy_rows, trainer_for, word_tokenizer
 from tests.tasks.small import tiny_tagger
 
 ROWS = toy_rows(80, seed=2)
@@ -272,3 +273,51 @@ def test_a_decoders_row_that_is_not_finite_is_named(where: str, tmp_path: Path) 
     )
     with pytest.raises(ValueError, match=f"The loss is nan for rows 7 of {where}"):
         trainer.train()
+
+
+# How many tokens are looked at
+
+
+def rows_of_tokens(number: int) -> list[dict[str, Any]]:
+    """Rows of three to twelve tokens, all but the first of them learnt, each fourth row twice."""
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(number):
+        ids = torch.randint(10, 60, (3 + i % 10,), generator=draw).tolist()
+        rows += [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}] * (2 if i % 4 == 0 else 1)
+    return rows
+
+
+def learnt(rows: Any) -> list[int]:
+    """Labelled tokens of each row, counted by hand: the first has nothing before it."""
+    return [sum(label != -100 for label in row["labels"][1:]) for row in listed(rows)]
+
+
+@pytest.mark.parametrize("own_set", [True, False])
+def test_of_held_out_rows_as_many_are_looked_at_as_have_so_many_tokens(own_set: bool) -> None:
+    rows, most = rows_of_tokens(200), 150
+    splits = []
+    for order in (rows, rows[::-1]):
+        config = config_for(Path("unused"), search_fraction=0.5, search_tokens_max=most)
+        train = rows_of_tokens(3) if own_set else order
+        splits.append(split_rows(train, order if own_set else None, config, TEXT_GENERATION))
+        held, passed = splits[-1].held_rows, splits[-1].pass_rows
+        # The last of them may come twice, and has at most eleven tokens.
+        assert most <= sum(learnt(held)) < most + 2 * 11
+        assert [listed(order if own_set else train)[i] for i in splits[-1].held_numbers] == listed(held)
+        contents = [row["input_ids"] for row in listed(held)]
+        assert all(contents.count(one) == [row["input_ids"] for row in rows].count(one) for one in contents)
+        if not own_set:  # what is not looked at is learnt from
+            assert sorted([*passed, *splits[-1].held_numbers]) == list(range(len(rows)))
+    first, second = (sorted(row["input_ids"] for row in listed(split.held_rows)) for split in splits)
+    assert first == second, "whatever the order"
+    every = split_rows(rows_of_tokens(3), rows, config_for(Path("unused"), search_tokens_max=None), TEXT_GENERATION)
+    assert len(every.held_rows) == len(rows)
+
+
+def test_one_token_still_leaves_two_rows_and_rows_that_are_classified_all_count() -> None:
+    config = config_for(Path("unused"), search_tokens_max=1)
+    long = [row for row in rows_of_tokens(40)[1::2] if len(row["input_ids"]) > 3]
+    assert len(split_rows(rows_of_tokens(3), long, config, TEXT_GENERATION).held_rows) >= 2
+    classified = [{**row, "labels": 1} for row in rows_of_tokens(40)]
+    assert len(split_rows(classified, classified, config, TEXT_CLASSIFICATION).held_rows) == len(classified)

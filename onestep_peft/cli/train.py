@@ -68,8 +68,8 @@ GROUPS = {
     "what moves": ["method", *OWNERS],
     "the step": [
         "direction", "step_size", "max_steps", "slices", "stop_at", "damping", "rank", "search_budget", "fit_head",
-        "head_folds", "body_folds", "covariance_rows", "search_fraction", "search_rows_max", "guard",
-        "guard_confidence",
+        "head_folds", "body_folds", "covariance_rows", "search_fraction", "search_rows_max",
+        "search_tokens_max", "guard", "guard_confidence",
     ],
     "the machine": [
         "per_device_train_batch_size", "per_device_eval_batch_size", "bf16", "activation_checkpointing", "use_cpu",
