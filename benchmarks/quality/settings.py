@@ -69,13 +69,17 @@ class Setting:
         return [{"text": row["text"], "label": row["label"]} for row in rows]
 
     def scores(self, logits: Any, labels: Any) -> dict[str, Any]:
-        """Score (accuracy, or F1 of class 1), log-loss in nats, and which rows are right, as hexadecimal bits."""
+        """Score (accuracy, or F1 of class 1), log-loss in nats, and which rows are right, as hexadecimal bits.
+
+        With an F1 also which rows are of class 1: the two tell what was predicted.
+        """
         logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
         predicted = logits.argmax(1)
         right = predicted == labels
         score = float(f1_score(labels, predicted)) if self.name in F1_SETS else float(right.double().mean())
         loss = float(torch.nn.functional.cross_entropy(logits, labels))
-        return {"score": score, "loss": loss, "right": bits(right.tolist())}
+        found = {"score": score, "loss": loss, "right": bits(right.tolist())}
+        return {**found, "positive": bits((labels == 1).tolist())} if self.name in F1_SETS else found
 
 
 def bits(right: list[bool]) -> str:
