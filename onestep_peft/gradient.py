@@ -18,7 +18,7 @@ from onestep_peft.config import OneStepConfig
 from onestep_peft.held_out import padded
 from onestep_peft.methods import Method
 from onestep_peft.rows import Tokeniser
-from onestep_peft.slices import LEAD, PartedRows, SlicedRows
+from onestep_peft.slices import PartedRows, SlicedRows, rows_of_the_lead
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
@@ -94,8 +94,9 @@ class ExactGradientTrainer(Trainer):
         rows: Any = self.train_dataset
         self._sliced = None
         if self.slices > 1:
-            lead = LEAD if cast(OneStepConfig, self.args).walks else 0.0
-            self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
+            walks = cast(OneStepConfig, self.args).walks
+            first = rows_of_the_lead(len(rows), self.slices) if walks else 0
+            self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, first)
         elif self.parts * self.shares > 1:
             self._sliced = PartedRows(rows, self.parts, self.shares, self._train_batch_size)
         self.train_dataset = self._sliced or padded(rows, self._train_batch_size)

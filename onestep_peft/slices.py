@@ -17,15 +17,15 @@ from onestep_peft.step import processes
 from onestep_peft.tasks import Task
 
 # A walk has at most so many slices, and leaves at least so many rows to each small step.
-SLICES, SLICE_ROWS = 26, 32
-# The first step of a walk is worked out from this share of the rows.
-LEAD = 0.2
+SLICES, SLICE_ROWS = 26, 16
+# The first step of a walk is worked out from this share of the rows, and of few rows from half, up to so many.
+LEAD, LEAD_OF_FEW, LEAD_ROWS = 0.2, 0.5, 300
 # Length of the first small step by that of the step itself, for a slice of one row. It grows with the root of a slice's
 # rows: so does what a gradient of theirs tells over its noise. With 16 rows a tenth was best, with 50 two tenths, with
 # 160 three.
 PACE = 0.025
 # That first slice has to teach a head, and to show a direction: it needs so many rows, and so many by class.
-LEAD_ROWS, LEAD_ROWS_BY_CLASS = 300, 16
+LEAST_LEAD, LEAD_ROWS_BY_CLASS = 250, 16
 # From so many tokens that a language model learns on, the rows are walked through in slices.
 WALK_ITEMS = 80_000
 
@@ -44,8 +44,9 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int)
             return 1
         if task.has_head:
             # Several steps with a head have all rows each, and bodies that are out of fold.
-            enough = int(LEAD * len(rows)) >= max(LEAD_ROWS, LEAD_ROWS_BY_CLASS * outputs)
-            small = int((1 - LEAD) * len(rows)) // SLICE_ROWS
+            lead = _wanted_lead(len(rows))
+            enough = lead >= max(LEAST_LEAD, LEAD_ROWS_BY_CLASS * outputs)
+            small = (len(rows) - lead) // SLICE_ROWS
             return min(SLICES, 1 + small) if enough and config.max_steps == 1 else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
         return min(SLICES, len(rows)) if items >= WALK_ITEMS else 1
@@ -57,10 +58,14 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int)
     return slices
 
 
-def rows_of_the_lead(rows: int, slices: int, lead: float = LEAD) -> int:
-    """How many of so many rows are in the first slice."""
+def _wanted_lead(rows: int) -> int:
+    return max(int(LEAD * rows), min(int(LEAD_OF_FEW * rows), LEAD_ROWS))
+
+
+def rows_of_the_lead(rows: int, slices: int) -> int:
+    """How many of so many rows are in the first slice of a walk."""
     equal = -(-rows // slices)
-    return max(equal, min(int(lead * rows), rows - slices + 1))  # a row at least for each of the others
+    return max(equal, min(_wanted_lead(rows), rows - slices + 1))  # a row at least for each of the others
 
 
 def pace(rows: int, slices: int) -> float:
@@ -89,22 +94,21 @@ class SlicedRows(Dataset):
         rows: The rows of the pass, longest first; so are those of each slice.
         slices: Number of slices.
         batch_size: Rows of a micro-batch.
-        lead: Share of the rows that is in the first slice, where that is more than an equal one.
+        first: Number of rows in the first slice, where that is more than an equal one.
 
     Attributes:
         current: Number of the slice that is there.
     """
 
-    def __init__(self, rows: Any, slices: int, batch_size: int, lead: float = 0.0) -> None:
-        self._rows, self._lead = rows, lead
+    def __init__(self, rows: Any, slices: int, batch_size: int, first: int = 0) -> None:
+        self._rows, self._first = rows, first
         self._groups = self._dealt(slices)
         self._whole = batch_size * processes.number()
         self.current = 0
 
     def _dealt(self, slices: int) -> list[list[int]]:
-        order = by_content(listed(self._rows))
-        first = rows_of_the_lead(len(order), slices, self._lead)
-        if first * slices < len(order) + slices:
+        order, first = by_content(listed(self._rows)), self._first
+        if first <= -(-len(order) // slices):
             return [sorted(order[i::slices]) for i in range(slices)]
         return [sorted(order[:first]), *(sorted(order[first + i :: slices - 1]) for i in range(slices - 1))]
 
