@@ -3,14 +3,15 @@
 Protocol: for a set, a number of rows and a seed, every arm has the same training rows, the same 300 search rows (the
 first of the validation split: they choose the step, and the rate of AdamW) and the same test rows (at most 1,000).
 MiniLM-L6, LoRA of rank 8 and alpha 16 on every linear layer of the encoder, or 20 virtual tokens from the vocabulary
-("prompt"), rows cut at 128 tokens. Each arm runs in a
-process of its own, one after the other; scoring is not timed. No setting of the step differs between sets.
+("prompt"), rows cut at 128 tokens. Each arm runs in a process of its own, one after the other or several at a time;
+scoring is not timed. No setting of the step differs between sets.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import resource
 import threading
 import time
@@ -56,10 +57,10 @@ def arms(setting: Setting, setfit_python: Path | None = None) -> dict[str, Arm]:
         "one step, full": lambda s: one_step.one_step(s, "full"),
         "three steps, lora": lambda s: one_step.one_step(s, max_steps=3),
         "three steps, full": lambda s: one_step.one_step(s, "full", max_steps=3),
-        "lora_one step": lambda s: one_step.one_step(s, direction="lora_one"),
-        # Where the default is a walk.
+        "lora_one step": lambda s: one_step.one_step(s, direction="lora_one", slices=1),
+        # Where the default is a walk (banking77 has too few rows a class for one at 500 rows).
         "one step of all rows, lora": lambda s: one_step.one_step(s, slices=1),
-        "sign step": lambda s: one_step.one_step(s, direction="sign"),
+        "sign step": lambda s: one_step.one_step(s, direction="sign", slices=1),
     }
     for number in epochs(setting.rows):
         for rate in baselines.RATES:
@@ -102,11 +103,12 @@ def with_best_rate(
 ) -> dict[str, Any]:
     """Runs at the rate that is best on the search rows, for so many epochs, or at all."""
     numbers = [number] if number is not None else epochs(setting.rows)
+    counted = summary.counted(row for row in RESULTS.rows() if setting.key.items() <= row.items())
     runs = {
         rate: row["search"]
         for n in numbers
         for rate in rates
-        if (row := RESULTS.find(**setting.key, arm=f"{arm}, {n} epochs, rate {rate:g}"))
+        if (row := counted.get(f"{arm}, {n} epochs, rate {rate:g}"))
     }
     rate = max(runs, key=lambda one: (runs[one]["score"], -runs[one]["loss"]))
     return {"rate": rate, **run(rate)}
@@ -118,7 +120,8 @@ def alone(name: str, setting: Setting, setfit_python: Path | None = None) -> dic
     Where that process runs another, as SetFit's does, the CPU times add up (the start of the other's interpreter
     among them), and the larger memory counts.
     """
-    # A process that has used a GPU cannot be forked. What this server imports is there at once, the same for every arm.
+    # A process that has used a GPU cannot be forked. What this server imports (`main` tells it where it is) is there at
+    # once, the same for every arm.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["against_adamw"])
     ours, theirs = context.Pipe(duplex=False)
@@ -184,7 +187,12 @@ def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minut
 
     def run(one: Run) -> None:
         name, setting = one
-        if time.monotonic() > end or (name.endswith(LATE) and not rates_known(setting, name)):
+        if time.monotonic() > end:
+            return
+        if name.endswith(LATE) and not rates_known(setting, name):
+            print(
+                f"{setting.name} {setting.rows} seed {setting.seed}: {name} waits for all of AdamW's rates", flush=True
+            )
             return
         try:
             result = alone(name, setting, setfit_python)
@@ -220,6 +228,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     options = parser.parse_args()
     quiet()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     if not options.table:
         wanted = [
             one

@@ -32,11 +32,11 @@ class OneStepConfig(TrainingArguments):
             rule for layers may name its rank: "kfac:8".
         step_size: η of the update, or "search" to find it on held-out rows.
         max_steps: Number of steps, each with a pass, a search and a guard of its own.
-        slices: Walk through the rows in so many slices, dealt out by content. The first, a fifth of the rows (of few
-            rows up to a half, up to 300 rows), makes the step that is searched (and teaches a fresh head, until all
-            rows do at the end); each of the others makes a small one on from there, which costs no search. "auto": up
-            to 26, of 16 rows at least, where the first has 250 rows and 16 for each output of the head; for language
-            models 26 from 80,000 tokens on that are learnt;
+        slices: Walk through the rows in so many slices, dealt out by content. The first, a fifth of the rows (with a
+            head half of them, up to 300, where that is more; an equal share where slices are few), makes the step that
+            is searched (and teaches a fresh head, until all rows do at the end); each of the others makes a small one
+            on from there, which costs no search. "auto": up to 26, of 16 rows at least, where the first has 250 rows
+            and 16 for each output of the head; for language models 26 from 80,000 tokens on that are learnt;
             else one, and so with a head where `max_steps` is above 1. With a fixed step size the slices are alike and
             each makes a step of that size.
         stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.
@@ -59,7 +59,7 @@ class OneStepConfig(TrainingArguments):
         search_fraction: Share of the training rows that is held out where there is no `search_dataset`.
         search_rows_max: The most rows that are held out of the training set.
         search_tokens_max: In tasks by token, only so many of the held-out rows are looked at as have so many labelled
-            tokens together: every point of a search takes a forward of them. None for all.
+            tokens together, but at least 100: every point of a search takes a forward of them. 0 for all.
         guard: Whether held-out rows may refuse the step. The plain step is guarded only by a `search_dataset`:
             nothing is held out of its rows.
         max_length: Tokens of a row with text, the special ones counted; longer rows are cut, and plain texts for text
@@ -102,8 +102,8 @@ class OneStepConfig(TrainingArguments):
     )
     search_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows held out."})
     search_rows_max: int = field(default=512, metadata={"help": "The most training rows held out."})
-    search_tokens_max: int | None = field(
-        default=10_000, metadata={"help": "The most labelled tokens of held-out rows that are looked at."}
+    search_tokens_max: int = field(
+        default=10_000, metadata={"help": "The most labelled tokens of held-out rows that are looked at; 0 for all."}
     )
     guard: bool = field(default=True, metadata={"help": "Whether held-out rows may refuse the step."})
     guard_confidence: float = field(default=0.95, metadata={"help": "Below this a gain is called weak."})
@@ -138,8 +138,7 @@ class OneStepConfig(TrainingArguments):
         _check_range("search_fraction", self.search_fraction, 0, 0.9, "0.1")
         _check_range("guard_confidence", self.guard_confidence, 0.5, 1, "0.95")
         _check_range("search_rows_max", self.search_rows_max, 1, None, "512", whole=True)
-        if self.search_tokens_max is not None:
-            _check_range("search_tokens_max", self.search_tokens_max, 1, None, "10000", whole=True)
+        _check_range("search_tokens_max", self.search_tokens_max, 0, None, "10000", whole=True)
         if self.search_budget is not None:
             _check_range("search_budget", self.search_budget, 1, None, "None", whole=True)
         _check_range("save_pass_minutes", self.save_pass_minutes, 0, None, "5")

@@ -19,9 +19,9 @@ from onestep_peft.tasks.task import UNLABELLED
 PENALTIES = tuple(10 ** (-i / 2) for i in range(0, 9))
 # Largest entry of the gradient at which L-BFGS stops: to compare penalties, and for the head that is kept.
 ROUGH, CONVERGED = 1e-4, 1e-7
-# L-BFGS makes many small products one after the other: up to so many numbers a CPU is faster than an accelerator (500
-# rows of MiniLM on an H200: the fits of the heads took three of the six seconds of a run).
-SMALL = 1 << 22
+# L-BFGS makes many small products one after the other: up to so many (items by inputs by outputs) it goes to the CPU,
+# which does not wait for launches (500 rows of MiniLM on an H200: the heads took three of a run's six seconds).
+SMALL = 1 << 24
 # Points at which held-out items are asked how far to go from one head to another, the first one left out.
 STRIDES = 20
 
@@ -246,8 +246,11 @@ def fit(
         bias: Whether the layer has a bias.
     """
     device = x.device
-    x, labels = _placed(*_labelled(x, labels, task))
-    held_out = _placed(*_labelled(*held_out, task), where=x.device) if held_out is not None else None
+    where = _best_place(x, outputs)
+    x, labels = (one.to(where) for one in _labelled(x, labels, task))
+    if held_out is not None:
+        held_x, held_labels = (one.to(where) for one in _labelled(*held_out, task))
+        held_out = held_x, held_labels
     problem = _Problem(x, labels, task, bias)
     solution = problem.zero(outputs)
     best: tuple[float | None, float, _Solution] | None = None
@@ -280,9 +283,10 @@ def refit(x: Tensor, labels: Tensor, start: HeadFit, task: Task = TEXT_CLASSIFIC
         start: Gives the penalty, and where to begin.
     """
     device = x.device
-    x, labels = _placed(*_labelled(x, labels, task))
+    where = _best_place(x, len(start.weight))
+    x, labels = (one.to(where) for one in _labelled(x, labels, task))
     problem = _Problem(x, labels, task, start.bias is not None)
-    solution = problem.minimised(problem.standardised(start.to(x.device)), start.penalty, CONVERGED)
+    solution = problem.minimised(problem.standardised(start.to(where)), start.penalty, CONVERGED)
     return HeadFit(*problem.installed(solution), start.penalty, None).to(device)
 
 
@@ -376,10 +380,8 @@ def _labelled(x: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     return x[known], labels[known]
 
 
-def _placed(x: Tensor, labels: Tensor, where: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Where the fit is made: on the CPU if the items are few; or on a device."""
-    where = where or (torch.device("cpu") if x.numel() <= SMALL else x.device)
-    return x.to(where), labels.to(where)
+def _best_place(x: Tensor, outputs: int) -> torch.device:
+    return torch.device("cpu") if x.numel() * outputs <= SMALL else x.device
 
 
 def current(layer: nn.Linear) -> HeadFit:

@@ -22,6 +22,9 @@ from onestep_peft.step import processes
 from onestep_peft.tasks import Task, logits_for
 from onestep_peft.tasks.task import UNLABELLED
 
+# So many rows that differ are looked at however many tokens they have: the guard draws rows, not tokens.
+ENOUGH = 100
+
 
 def content_key(row: Mapping[str, Any]) -> bytes:
     """A hash of what is in a tokenised row, the same wherever the row stands."""
@@ -315,19 +318,20 @@ def _labelled(rows: Sequence[Mapping[str, Any]], task: Task) -> list[int]:
     return [i for i, row in enumerate(rows) if int(task.row_items(torch.as_tensor(row["labels"])[None])) > 0]
 
 
-def _enough(numbers: list[int], rows: Sequence[Mapping[str, Any]], most: int | None, task: Task) -> list[int]:
-    """As many of these rows as have so many labelled tokens together, and two at least; of equal rows all or none.
+def _enough(numbers: list[int], rows: Sequence[Mapping[str, Any]], most: int, task: Task) -> list[int]:
+    """As many of these rows as have so many labelled tokens together, but `ENOUGH` at least; of equal ones all or none.
 
     They are taken by their contents' hashes, so that their order has no say.
     """
-    if most is None or not task.by_token:
+    if most == 0 or not task.by_token:
         return numbers
-    keys = {i: content_key(rows[i]) for i in numbers}
+    keys, tokens = {i: content_key(rows[i]) for i in numbers}, 0
+    seen: set[bytes] = set()
     taken: list[int] = []
-    tokens = 0
     for i in sorted(numbers, key=lambda i: keys[i]):
-        if tokens >= most and len(taken) > 1 and keys[i] != keys[taken[-1]]:
+        if tokens >= most and len(seen) >= ENOUGH and keys[i] not in seen:
             break
+        seen.add(keys[i])
         taken.append(i)
         tokens += int(task.row_items(torch.as_tensor(rows[i]["labels"])[None]))
     return sorted(taken)

@@ -126,12 +126,17 @@ def predict(
     own.model_max_length = longest_input(tokenizer, positions_of(model), virtual_tokens, max_length)
     if task.by_token or virtual_tokens:
         own.padding_side = "right"  # as in training: padding before a row would shift its positions
-    call: Any = cast(Any, pipeline)(task.name, model=model, tokenizer=own, device=model.device)
+    call: Any = cast(Any, pipeline)(task.name, model=model, tokenizer=own, device=_where(model))
     options = {"is_split_into_words": _kind(texts[0]) == WORDS} if texts and task.by_token else {}
     for start in starts:
         batch = texts[start : start + batch_size]
         found = call([_input(text) for text in batch], batch_size=batch_size, **answer.options, **options)
         yield from map(answer.record, batch, found)
+
+
+def _where(model: Any) -> Any:
+    """The device that a pipeline leaves a model on: where it is; None for one that accelerate has spread out."""
+    return None if getattr(model, "hf_device_map", None) else model.device
 
 
 def check_texts(task: Task, texts: Sequence[Text]) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from onestep_peft.config import AUTO, OneStepConfig
 from onestep_peft.held_out import by_content, listed, without_labels
+from onestep_peft.methods import Method, prompt_tuning
 from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task
@@ -26,15 +27,23 @@ LEAD, LEAD_OF_FEW, LEAD_ROWS = 0.2, 0.5, 300
 PACE = 0.025
 # That first slice has to teach a head, and to show a direction: it needs so many rows, and so many by class.
 LEAST_LEAD, LEAD_ROWS_BY_CLASS = 250, 16
+# Where of few rows no half is taken, what is then left to the first slice is too little to begin with.
+LEAST_FIFTH = 300
 # From so many tokens that a language model learns on, the rows are walked through in slices.
 WALK_ITEMS = 80_000
 
 
-def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int) -> int:
+def halves_few(task: Task, method: Method) -> bool:
+    """Whether of few rows half make the first slice: what was measured, and better so, has a head and is no prompt."""
+    return task.has_head and method is not prompt_tuning
+
+
+def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int, half: bool) -> int:
     """What the configuration says; left to "auto", several where rows are many, else one.
 
     Args:
         outputs: Of the head.
+        half: As `halves_few` says.
 
     Raises:
         ValueError: More slices than rows.
@@ -44,8 +53,8 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int)
             return 1
         if task.has_head:
             # Several steps with a head have all rows each, and bodies that are out of fold.
-            lead = _wanted_lead(len(rows))
-            enough = lead >= max(LEAST_LEAD, LEAD_ROWS_BY_CLASS * outputs)
+            lead = _wanted_lead(len(rows), half)
+            enough = lead >= max(LEAST_LEAD if half else LEAST_FIFTH, LEAD_ROWS_BY_CLASS * outputs)
             small = (len(rows) - lead) // SLICE_ROWS
             return min(SLICES, 1 + small) if enough and config.max_steps == 1 else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
@@ -58,19 +67,24 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int)
     return slices
 
 
-def _wanted_lead(rows: int) -> int:
-    return max(int(LEAD * rows), min(int(LEAD_OF_FEW * rows), LEAD_ROWS))
+def _wanted_lead(rows: int, half: bool) -> int:
+    share = int(LEAD * rows)
+    return max(share, min(int(LEAD_OF_FEW * rows), LEAD_ROWS)) if half else share
 
 
-def rows_of_the_lead(rows: int, slices: int) -> int:
+def rows_of_the_lead(rows: int, slices: int, half: bool) -> int:
     """How many of so many rows are in the first slice of a walk."""
     equal = -(-rows // slices)
-    return max(equal, min(_wanted_lead(rows), rows - slices + 1))  # a row at least for each of the others
+    return max(equal, min(_wanted_lead(rows, half), rows - slices + 1))  # a row at least for each of the others
 
 
-def pace(rows: int, slices: int) -> float:
-    """Length of the first small step of a walk through so many rows, by that of the step that it goes on from."""
-    each = (rows - rows_of_the_lead(rows, slices)) / max(slices - 1, 1)
+def pace(rows: int, slices: int, first: int) -> float:
+    """Length of the first small step of a walk through so many rows, by that of the step that it goes on from.
+
+    Args:
+        first: Rows of the first slice.
+    """
+    each = (rows - first) / max(slices - 1, 1)
     return min(1.0, PACE * math.sqrt(each))
 
 

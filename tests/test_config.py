@@ -45,7 +45,7 @@ from tests.conftest import config_for
         ("search_fraction", 1.0, r"`search_fraction=1.0` must be between 0 and 0.9"),
         ("search_rows_max", 0, r"`search_rows_max=0` must be at least 1; the default is 512"),
         ("search_rows_max", 10.5, r"`search_rows_max=10.5` must be"),
-        ("search_tokens_max", 0, r"`search_tokens_max=0` must be at least 1; the default is 10000"),
+        ("search_tokens_max", -1, r"`search_tokens_max=-1` must be at least 0; the default is 10000"),
         ("guard_confidence", 0.4, r"`guard_confidence=0.4` must be between 0.5 and 1"),
         ("guard_confidence", 1.1, r"`guard_confidence=1.1` must be between 0.5 and 1"),
         ("fp16", True, r"`fp16=True`.*`bf16=True`"),

@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from onestep_peft import OneStepTrainer, head
+from onestep_peft import OneStepTrainer, head, held_out
 from onestep_peft.held_out import HeldOut, listed, split_rows
 from onestep_peft.tasks import (
     MULTI_LABEL_CLASSIFICATION,
@@ -294,7 +294,10 @@ def learnt(rows: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("own_set", [True, False])
-def test_of_held_out_rows_as_many_are_looked_at_as_have_so_many_tokens(own_set: bool) -> None:
+def test_of_held_out_rows_as_many_are_looked_at_as_have_so_many_tokens(
+    own_set: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out, "ENOUGH", 5)
     rows, most = rows_of_tokens(200), 150
     splits = []
     for order in (rows, rows[::-1]):
@@ -311,13 +314,13 @@ def test_of_held_out_rows_as_many_are_looked_at_as_have_so_many_tokens(own_set: 
             assert sorted([*passed, *splits[-1].held_numbers]) == list(range(len(rows)))
     first, second = (sorted(row["input_ids"] for row in listed(split.held_rows)) for split in splits)
     assert first == second, "whatever the order"
-    every = split_rows(rows_of_tokens(3), rows, config_for(Path("unused"), search_tokens_max=None), TEXT_GENERATION)
+    every = split_rows(rows_of_tokens(3), rows, config_for(Path("unused"), search_tokens_max=0), TEXT_GENERATION)
     assert len(every.held_rows) == len(rows)
 
 
-def test_one_token_still_leaves_two_rows_and_rows_that_are_classified_all_count() -> None:
-    config = config_for(Path("unused"), search_tokens_max=1)
-    long = [row for row in rows_of_tokens(40)[1::2] if len(row["input_ids"]) > 3]
-    assert len(split_rows(rows_of_tokens(3), long, config, TEXT_GENERATION).held_rows) >= 2
-    classified = [{**row, "labels": 1} for row in rows_of_tokens(40)]
-    assert len(split_rows(classified, classified, config, TEXT_CLASSIFICATION).held_rows) == len(classified)
+def test_however_long_they_are_a_hundred_rows_that_differ_are_looked_at() -> None:
+    rows, config = rows_of_tokens(300), config_for(Path("unused"), search_tokens_max=1)
+    held = listed(split_rows(rows_of_tokens(3), rows, config, TEXT_GENERATION).held_rows)
+    assert len({tuple(row["input_ids"]) for row in held}) == held_out.ENOUGH < len(held)
+    classified = [{**row, "labels": 1} for row in rows]
+    assert len(split_rows(classified, classified, config, TEXT_CLASSIFICATION).held_rows) == len(rows)

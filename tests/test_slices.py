@@ -119,8 +119,9 @@ def test_the_first_slice_of_a_walk_is_the_longest() -> None:
 
 
 def test_the_pace_grows_with_the_root_of_a_slices_rows() -> None:
-    assert pace(500, 13) == pytest.approx(0.025 * (250 / 12) ** 0.5)
-    assert pace(8000, 26) == pytest.approx(2 * pace(2000, 26)) and pace(10**9, 26) == 1.0 and pace(100, 1) >= 0
+    assert pace(500, 13, 250) == pytest.approx(0.025 * (250 / 12) ** 0.5)
+    assert pace(8000, 26, 1600) == pytest.approx(2 * pace(2000, 26, 400))
+    assert pace(10**9, 26, 300) == 1.0 and pace(100, 1, 100) == 0
 
 
 @pytest.mark.parametrize(
@@ -139,12 +140,13 @@ def test_the_pace_grows_with_the_root_of_a_slices_rows() -> None:
 def test_a_walk_begins_with_a_fifth_of_its_rows_or_of_few_with_up_to_half(
     rows: int, slices: int, expected: int
 ) -> None:
-    assert rows_of_the_lead(rows, slices) == expected
+    assert rows_of_the_lead(rows, slices, True) == expected
+    assert rows_of_the_lead(rows, slices, False) == max(-(-rows // slices), min(rows // 5, rows - slices + 1))
 
 
 def test_every_slice_of_a_walk_has_a_row() -> None:
     by_length = Dataset.from_list(sorted(listed(tokenised(ROWS)), key=lambda row: -len(row["input_ids"])))
-    rows, counts = SlicedRows(by_length, len(ROWS), 1, rows_of_the_lead(len(ROWS), len(ROWS))), []
+    rows, counts = SlicedRows(by_length, len(ROWS), 1, rows_of_the_lead(len(ROWS), len(ROWS), True)), []
     for rows.current in range(len(ROWS)):
         counts.append(len(rows))
     assert counts == [1] * len(ROWS)
@@ -316,7 +318,7 @@ def test_auto_asks_how_many_tokens_a_language_model_learns(
     tokens = [
         {"labels": [UNLABELLED] + [1] * 20_001} for _ in range(rows)
     ]  # the first is not learnt, the second is given
-    assert number_of_slices(config_for(tmp_path, **options), tokens, TEXT_GENERATION, 0) == expected
+    assert number_of_slices(config_for(tmp_path, **options), tokens, TEXT_GENERATION, 0, False) == expected
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,10 @@ def test_auto_asks_how_many_rows_there_are_by_class(
     rows: int, outputs: int, max_steps: int, expected: int, tmp_path: Path
 ) -> None:
     config = config_for(tmp_path, max_steps=max_steps)
-    assert number_of_slices(config, [{"labels": 0}] * rows, TEXT_CLASSIFICATION, outputs) == expected
+    one_class = [{"labels": 0}] * rows
+    assert number_of_slices(config, one_class, TEXT_CLASSIFICATION, outputs, True) == expected
+    of_a_fifth = 1 if rows < 1500 else expected
+    assert number_of_slices(config, one_class, TEXT_CLASSIFICATION, outputs, False) == of_a_fifth
 
 
 def test_a_run_tells_its_slices(tmp_path: Path) -> None:

@@ -43,13 +43,17 @@ def on_cpu(row: Row) -> bool:
     return "CPU" in row["machine"]
 
 
+def counted(rows: Iterable[Row]) -> dict[str, Row]:
+    """By arm the row that counts: of an arm that ran twice, what an accelerator gave."""
+    return {row["arm"]: row for row in sorted(rows, key=on_cpu, reverse=True)}
+
+
 class Comparison:
-    """All arms of one set, number of rows and seed; of an arm that ran twice what an accelerator gave."""
+    """All arms of one set, number of rows and seed."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.runs = rows
-        rows = list({row["arm"]: row for row in sorted(rows, key=on_cpu, reverse=True)}.values())
-        self.arms = {row["arm"]: row for row in rows}
+        self.runs, self.arms = rows, counted(rows)
+        rows = list(self.arms.values())
         self.best = best_adamw(rows)
         self._best = {ADAMW: self.best, ADAMW_ON_A_PROMPT: best_adamw(rows, PROMPT_ADAMW)}
         # A prompt's head answers behind a prompt that has not moved, and is no start for what has none.

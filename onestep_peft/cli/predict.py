@@ -72,9 +72,9 @@ def run(arguments: list[str]) -> None:
     model, tokenizer = load(
         given["folder"], given["revision"], base_model=given["base_model"], allow_pickle=given["allow_pickle"]
     )
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        cast(nn.Module, model).to(accelerator)
     check_texts(task_of(model), texts)
+    if torch.accelerator.is_available():
+        cast(nn.Module, model).to(torch.accelerator.current_accelerator())
     options = {name: given[name] for name in ("batch_size", "max_length", "max_new_tokens")}
     records = predict(model, tokenizer, texts, **options)
     if given["output"] is None and source is None:
