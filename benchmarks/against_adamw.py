@@ -58,10 +58,10 @@ def arms(setting: Setting, setfit_python: Path | None = None) -> dict[str, Arm]:
         "three steps, lora": lambda s: one_step.one_step(s, max_steps=3),
         "three steps, full": lambda s: one_step.one_step(s, "full", max_steps=3),
         "lora_one step": lambda s: one_step.one_step(s, direction="lora_one", slices=1),
-        # Where the default is a walk (banking77 has too few rows a class for one at 500 rows).
-        "one step of all rows, lora": lambda s: one_step.one_step(s, slices=1),
         "sign step": lambda s: one_step.one_step(s, direction="sign", slices=1),
     }
+    if setting.rows > SMALL:  # where the default is a walk
+        found["one step of all rows, lora"] = lambda s: one_step.one_step(s, slices=1)
     for number in epochs(setting.rows):
         for rate in baselines.RATES:
             found[f"adamw, {number} epochs, rate {rate:g}"] = lambda s, r=rate, n=number: baselines.adamw(s, r, n)

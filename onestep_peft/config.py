@@ -32,11 +32,10 @@ class OneStepConfig(TrainingArguments):
             rule for layers may name its rank: "kfac:8".
         step_size: η of the update, or "search" to find it on held-out rows.
         max_steps: Number of steps, each with a pass, a search and a guard of its own.
-        slices: Walk through the rows in so many slices, dealt out by content. The first, a fifth of the rows (with a
-            head half of them, up to 300, where that is more; an equal share where slices are few), makes the step that
-            is searched (and teaches a fresh head, until all rows do at the end); each of the others makes a small one
-            on from there, which costs no search. "auto": up to 26, of 16 rows at least, where the first has 250 rows
-            and 16 for each output of the head; for language models 26 from 80,000 tokens on that are learnt;
+        slices: Walk through the rows in so many slices, dealt out by content. The first, a fifth of the rows, makes the
+            step that is searched (and teaches a fresh head, until all rows do at the end); each of the others makes a
+            small one on from there, which costs no search. "auto": up to 26, of 32 rows at least, where that fifth has
+            300 rows and 16 for each output of the head; for language models 26 from 80,000 tokens on that are learnt;
             else one, and so with a head where `max_steps` is above 1. With a fixed step size the slices are alike and
             each makes a step of that size.
         stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.

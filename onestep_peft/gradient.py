@@ -18,7 +18,7 @@ from onestep_peft.config import OneStepConfig
 from onestep_peft.held_out import padded
 from onestep_peft.methods import Method
 from onestep_peft.rows import Tokeniser
-from onestep_peft.slices import PartedRows, SlicedRows, halves_few, rows_of_the_lead
+from onestep_peft.slices import LEAD, PartedRows, SlicedRows
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
@@ -51,13 +51,6 @@ class ExactGradientTrainer(Trainer):
     def slices(self) -> int:
         """How many steps a walk through the rows makes."""
         return int(cast(OneStepConfig, self.args).slices)
-
-    @property
-    def first_slice(self) -> int:
-        """Number of rows in the first slice; that of a walk is longer than the others."""
-        rows, walks = len(self.pass_rows), cast(OneStepConfig, self.args).walks
-        half = halves_few(self.task, self._method)
-        return rows_of_the_lead(rows, self.slices, half) if walks else -(-rows // self.slices)
 
     @property
     def parts(self) -> int:
@@ -101,7 +94,8 @@ class ExactGradientTrainer(Trainer):
         rows: Any = self.train_dataset
         self._sliced = None
         if self.slices > 1:
-            self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, self.first_slice)
+            lead = LEAD if cast(OneStepConfig, self.args).walks else 0.0
+            self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
         elif self.parts * self.shares > 1:
             self._sliced = PartedRows(rows, self.parts, self.shares, self._train_batch_size)
         self.train_dataset = self._sliced or padded(rows, self._train_batch_size)

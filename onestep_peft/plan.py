@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep_peft.config import OneStepConfig
+from onestep_peft.slices import rows_of_the_lead
 from onestep_peft.step.directions import DIRECTIONS, NATURAL, PARAMETER_DIRECTIONS, WHITENED, rank_of, rule_of
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import EVALUATIONS, PART_EVALUATIONS, PASS_FORWARDS
@@ -166,7 +167,6 @@ def make_plan(
     layers: Sequence[Layer | Prompt],
     head: nn.Module | None,
     rows: dict[str, int],
-    first_slice: int,
     parts: int = 1,
     by_token: bool = False,
 ) -> Plan:
@@ -178,7 +178,6 @@ def make_plan(
         layers: What moves, beside the parameters that `sgd` and `sign` move as they are.
         head: The fresh head's last layer, where it is fitted.
         rows: By role, "gradient", "search", "guard" and "evaluation".
-        first_slice: Rows of the pass in its first slice.
         parts: Into how many parts the rows are dealt, each with a body of its own.
         by_token: Whether the head is fitted to tokens: of them, what the search has seen is not kept.
     """
@@ -226,7 +225,6 @@ def make_plan(
             rows,
             points=_points(config, layers, directions),
             fits_head=head is not None,
-            first=first_slice if config.walks else rows["gradient"],
             parts=parts,
             forgets=by_token or config.slices != 1,
             half=config.bf16 or any(parameter.dtype.itemsize < FP32 for parameter in fitted),
@@ -314,15 +312,7 @@ def _points(config: OneStepConfig, layers: Sequence[Layer | Prompt], directions:
 
 
 def _forwards(
-    config: OneStepConfig,
-    rows: dict[str, int],
-    *,
-    points: int,
-    fits_head: bool,
-    first: int,
-    parts: int,
-    forgets: bool,
-    half: bool,
+    config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool, parts: int, forgets: bool, half: bool
 ) -> dict[str, int]:
     held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // int(config.slices)
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
@@ -337,6 +327,7 @@ def _forwards(
     if config.stop_at is not None:
         looks += 1 + walks
     stages = 3 if fits_head else 2
+    first = rows_of_the_lead(rows["gradient"], int(config.slices)) if config.walks else rows["gradient"]
     return {
         "pass": (PASS_FORWARDS + recomputed) * rows["gradient"] * walks,
         "search": looks * held,

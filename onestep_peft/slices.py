@@ -12,38 +12,29 @@ from torch.utils.data import Dataset
 
 from onestep_peft.config import AUTO, OneStepConfig
 from onestep_peft.held_out import by_content, listed, without_labels
-from onestep_peft.methods import Method, prompt_tuning
 from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task
 
 # A walk has at most so many slices, and leaves at least so many rows to each small step.
-SLICES, SLICE_ROWS = 26, 16
-# The first step of a walk is worked out from this share of the rows, and of few rows from half, up to so many.
-LEAD, LEAD_OF_FEW, LEAD_ROWS = 0.2, 0.5, 300
+SLICES, SLICE_ROWS = 26, 32
+# The first step of a walk is worked out from this share of the rows.
+LEAD = 0.2
 # Length of the first small step by that of the step itself, for a slice of one row. It grows with the root of a slice's
 # rows: so does what a gradient of theirs tells over its noise. With 16 rows a tenth was best, with 50 two tenths, with
 # 160 three.
 PACE = 0.025
 # That first slice has to teach a head, and to show a direction: it needs so many rows, and so many by class.
-LEAST_LEAD, LEAD_ROWS_BY_CLASS = 250, 16
-# Where of few rows no half is taken, what is then left to the first slice is too little to begin with.
-LEAST_FIFTH = 300
+LEAD_ROWS, LEAD_ROWS_BY_CLASS = 300, 16
 # From so many tokens that a language model learns on, the rows are walked through in slices.
 WALK_ITEMS = 80_000
 
 
-def halves_few(task: Task, method: Method) -> bool:
-    """Whether of few rows half make the first slice: what was measured, and better so, has a head and is no prompt."""
-    return task.has_head and method is not prompt_tuning
-
-
-def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int, half: bool) -> int:
+def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int) -> int:
     """What the configuration says; left to "auto", several where rows are many, else one.
 
     Args:
         outputs: Of the head.
-        half: As `halves_few` says.
 
     Raises:
         ValueError: More slices than rows.
@@ -53,9 +44,8 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int,
             return 1
         if task.has_head:
             # Several steps with a head have all rows each, and bodies that are out of fold.
-            lead = _wanted_lead(len(rows), half)
-            enough = lead >= max(LEAST_LEAD if half else LEAST_FIFTH, LEAD_ROWS_BY_CLASS * outputs)
-            small = (len(rows) - lead) // SLICE_ROWS
+            enough = int(LEAD * len(rows)) >= max(LEAD_ROWS, LEAD_ROWS_BY_CLASS * outputs)
+            small = int((1 - LEAD) * len(rows)) // SLICE_ROWS
             return min(SLICES, 1 + small) if enough and config.max_steps == 1 else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
         return min(SLICES, len(rows)) if items >= WALK_ITEMS else 1
@@ -67,24 +57,15 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int,
     return slices
 
 
-def _wanted_lead(rows: int, half: bool) -> int:
-    share = int(LEAD * rows)
-    return max(share, min(int(LEAD_OF_FEW * rows), LEAD_ROWS)) if half else share
-
-
-def rows_of_the_lead(rows: int, slices: int, half: bool) -> int:
-    """How many of so many rows are in the first slice of a walk."""
+def rows_of_the_lead(rows: int, slices: int, lead: float = LEAD) -> int:
+    """How many of so many rows are in the first slice."""
     equal = -(-rows // slices)
-    return max(equal, min(_wanted_lead(rows, half), rows - slices + 1))  # a row at least for each of the others
+    return max(equal, min(int(lead * rows), rows - slices + 1))  # a row at least for each of the others
 
 
-def pace(rows: int, slices: int, first: int) -> float:
-    """Length of the first small step of a walk through so many rows, by that of the step that it goes on from.
-
-    Args:
-        first: Rows of the first slice.
-    """
-    each = (rows - first) / max(slices - 1, 1)
+def pace(rows: int, slices: int) -> float:
+    """Length of the first small step of a walk through so many rows, by that of the step that it goes on from."""
+    each = (rows - rows_of_the_lead(rows, slices)) / max(slices - 1, 1)
     return min(1.0, PACE * math.sqrt(each))
 
 
@@ -108,21 +89,22 @@ class SlicedRows(Dataset):
         rows: The rows of the pass, longest first; so are those of each slice.
         slices: Number of slices.
         batch_size: Rows of a micro-batch.
-        first: Number of rows in the first slice, where that is more than an equal one.
+        lead: Share of the rows that is in the first slice, where that is more than an equal one.
 
     Attributes:
         current: Number of the slice that is there.
     """
 
-    def __init__(self, rows: Any, slices: int, batch_size: int, first: int = 0) -> None:
-        self._rows, self._first = rows, first
+    def __init__(self, rows: Any, slices: int, batch_size: int, lead: float = 0.0) -> None:
+        self._rows, self._lead = rows, lead
         self._groups = self._dealt(slices)
         self._whole = batch_size * processes.number()
         self.current = 0
 
     def _dealt(self, slices: int) -> list[list[int]]:
-        order, first = by_content(listed(self._rows)), self._first
-        if first <= -(-len(order) // slices):
+        order = by_content(listed(self._rows))
+        first = rows_of_the_lead(len(order), slices, self._lead)
+        if first * slices < len(order) + slices:
             return [sorted(order[i::slices]) for i in range(slices)]
         return [sorted(order[:first]), *(sorted(order[first + i :: slices - 1]) for i in range(slices - 1))]
 

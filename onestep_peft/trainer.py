@@ -35,7 +35,7 @@ from onestep_peft.report import StepReport, peak_memory, reset_peak_memory, step
 from onestep_peft.rows import Sets
 from onestep_peft.saving import check_folder
 from onestep_peft.saving_trainer import SavingTrainer
-from onestep_peft.slices import halves_few, number_of_shares, number_of_slices, pace
+from onestep_peft.slices import number_of_shares, number_of_slices, pace
 from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import affordable
@@ -133,7 +133,7 @@ class OneStepTrainer(SavingTrainer):
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         in_pass, outputs = select(prepared.sets.train, self.pass_rows), self._template_config.num_labels
-        config.slices = number_of_slices(config, in_pass, self.task, outputs, halves_few(self.task, self._method))
+        config.slices = number_of_slices(config, in_pass, self.task, outputs)
         config.max_steps *= config.slices
         self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]
         self._metric_names.append(getattr(compute_metrics, "__qualname__", ""))
@@ -187,12 +187,18 @@ class OneStepTrainer(SavingTrainer):
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset or ()]
         wanted = self._method.auto if self._config.directions == (AUTO,) else self.directions
         return make_plan(
-            self.bare_model, self._config, method=self._method.name, directions=self.directions,
-            left_out=wanted[len(self.directions) :], rank=self._rank, layers=self.layers(),
+            self.bare_model,
+            self._config,
+            method=self._method.name,
+            directions=self.directions,
+            left_out=wanted[len(self.directions) :],
+            rank=self._rank,
+            layers=self.layers(),
             head=self.head_layer() if self.fits_head() else None,
             rows={**self._row_counts(), "evaluation": sum(map(len, sets))},
-            first_slice=self.first_slice, parts=self.parts, by_token=self.task.by_token,
-        )  # fmt: skip
+            parts=self.parts,
+            by_token=self.task.by_token,
+        )
 
     # The run, from the moments that Trainer announces
 
@@ -273,10 +279,10 @@ class OneStepTrainer(SavingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The step behind torch.optim's interface, in place of AdamW."""
         if self.optimizer is None:
-            config, layers, rows = self._config, self.layers(), len(self.pass_rows)
+            config, layers = self._config, self.layers()
             settings = StepSettings(
                 self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
-                config.guard_confidence, self.slices, self.parts, pace(rows, self.slices, self.first_slice),
+                config.guard_confidence, self.slices, self.parts, pace(len(self.pass_rows), self.slices),
             )  # fmt: skip
             head_parameters = set(self.head_layer().parameters()) if self.fits_head() else set()
             self.optimizer = OneStepOptimizer(
@@ -350,12 +356,12 @@ class OneStepTrainer(SavingTrainer):
             "fit_head", "head_folds", "body_folds", "covariance_rows", "slices", "seed", "bf16",
             "activation_checkpointing", "damping", "rank", "step_size", "guard", "guard_confidence",
         )  # fmt: skip
+        config = self._config
         return {
-            **{name: getattr(self._config, name, None) for name in names},
+            **{name: getattr(config, name, None) for name in names},
             "method": self._method.name,
             "task": self.task.name,
             "directions": self.directions,
-            "first_slice": self.first_slice,
             # What a pass notes on its way depends on whether it has parts, and whether another one follows.
             "parts": (self.parts, self._config.max_steps) if self.parts > 1 else None,
             "adapter": described(self.bare_model),

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import EvalPrediction
 
 from onestep_peft import OneStepConfig, OneStepTrainer
+from onestep_peft.slices import rows_of_the_lead
 from onestep_peft.step.outcome import WALK
 
 from . import baselines
@@ -52,18 +53,14 @@ def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str
         "accepted": [step["accepted"] for step in report.steps],
         "directions": [step["direction"] for step in report.steps],
         "seconds": report.seconds,
-        "forwards": forwards(report, trainer.first_slice),
+        "forwards": forwards(report, slices),
     }
 
 
-def forwards(report: Any, first: int) -> int:
-    """Forwards of single rows that the run took; a row of the pass counts three, a head's row one.
-
-    Args:
-        first: Number of rows in the first slice, which the first head is fitted to.
-    """
+def forwards(report: Any, slices: int) -> int:
+    """Forwards of single rows that the run took; a row of the pass counts three, a head's row one."""
     rows, held = report.rows["gradient"], max(report.rows["search"], report.rows["guard"])
-    total = first + held  # the first head; its losses need no forward
+    total = rows_of_the_lead(rows, slices) + held  # the first head; its losses need no forward
     for step in report.steps:
         searches = [*step["candidates"], *step.get("parts", ())]
         total += held * sum(len(search["points"]) - 1 for search in searches)  # zero is known
