@@ -29,6 +29,8 @@ RUNS = {LORA_ADAMW: 2 * len(RATES), PROMPT_ADAMW: len(PROMPT_RATES)}
 ERRORS = 2
 # Sets of test rows that are drawn for the standard error of an F1.
 DRAWS = 2000
+# Panels side by side in the picture.
+COLUMNS = 4
 
 
 def best_adamw(rows: Iterable[Row], arm: str = LORA_ADAMW) -> Row | None:
@@ -52,7 +54,7 @@ class Comparison:
     """All arms of one set, number of rows and seed."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.runs, self.arms = rows, counted(rows)
+        self.arms = counted(rows)
         rows = list(self.arms.values())
         self.best = best_adamw(rows)
         self._best = {ADAMW: self.best, ADAMW_ON_A_PROMPT: best_adamw(rows, PROMPT_ADAMW)}
@@ -191,27 +193,41 @@ def _line(where: str, arm: str, tests: Sequence[dict[str, Any]], gap: str = "") 
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Score against CPU seconds, a panel for each set and number of rows."""
+    """Score against work, a panel for each set and number of rows.
+
+    Work is counted in forwards of single rows, three of which are a row of an epoch: so runs of different machines have
+    a place. What one step adds to its pass, covariances above all, does not show in it (`pass_cost.py` tells).
+    """
     matplotlib.use("Agg")
     found = {key: [one for one in seeds if one.head] for key, seeds in comparisons(rows).items()}
     found = {key: seeds for key, seeds in found.items() if seeds}
-    figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.6), squeeze=False)
-    for axis, ((name, number), seeds) in zip(axes[0], found.items(), strict=True):
+    high = -(-len(found) // COLUMNS)
+    figure, axes = pyplot.subplots(high, COLUMNS, figsize=(4 * COLUMNS, 3.4 * high), squeeze=False)
+    places = list(axes.flat)
+    for axis in places[len(found) :]:
+        axis.set_axis_off()
+    for axis, ((name, number), seeds) in zip(places, found.items(), strict=False):
         for one in seeds:
-            for row in one.runs:
-                if "cpu_seconds" not in row or not on_cpu(row):
-                    continue
-                ours = row["arm"] in OURS
-                colour = "C3" if ours else "C0" if row["arm"].startswith("adamw") else "0.6"
-                axis.plot(row["cpu_seconds"], row["test"]["score"], "*" if ours else ".", color=colour, markersize=9)
+            for arm, row in one.arms.items():
+                style, colour = _marker(arm)
+                axis.plot(row["forwards"] / (3 * number), row["test"]["score"], style, color=colour, markersize=9)
             axis.axhline(one.head["score"], color="0.8", linewidth=1)
         axis.set_xscale("log")
-        axis.set_title(f"{name}, {number} rows")
-        axis.set_xlabel("CPU seconds")
-    axes[0][0].set_ylabel("test score")
-    for label, style, colour in (("ours", "*", "C3"), ("AdamW", ".", "C0"), ("others", ".", "0.6")):
-        axes[0][-1].plot([], [], style, color=colour, label=label)
-    axes[0][-1].legend(loc="lower right")
+        axis.set_xticks([0.5, 1, 2, 3, 5, 10], ["0.5", "1", "2", "3", "5", "10"])
+        axis.minorticks_off()
+        axis.set_title(f"{name}, {number:,} rows")
+    for left in axes[:, 0]:
+        left.set_ylabel("test score")
+    figure.supxlabel("work, in epochs (a row forward and back is 3 forwards); grey lines: the head alone")
+    legend = {label: _marker(arm) for label, arm in (("ours", OURS[0]), ("AdamW", LORA_ADAMW), ("others", OTHERS[0]))}
+    handles = [pyplot.Line2D([], [], marker=style, color=colour, linestyle="") for style, colour in legend.values()]
+    figure.legend(handles, legend.keys(), loc="lower right")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def _marker(arm: str) -> tuple[str, str]:
+    if arm in OURS:
+        return "*", "C3"
+    return ".", "C0" if arm.startswith(LORA_ADAMW) else "0.6"
