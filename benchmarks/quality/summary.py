@@ -119,14 +119,14 @@ def pooled_gap(arm: str, all_of_them: Iterable[Comparison]) -> tuple[float, int]
     return (sum(gain for gain, _ in pairs) / total, len(pairs)) if total > 0 else None
 
 
-def harm(rows: Iterable[Row]) -> str:
+def harm(rows: Sequence[Row]) -> str:
     """Whether an accepted step has lowered a test score: McNemar's exact test of head against step, run by run.
 
     Only rows that one of the two gets right and the other wrong say something; the smallest p is corrected for the
     number of runs (Bonferroni).
     """
     worse, ps = 0, []
-    for row in rows:
+    for row in (row for seeds in comparisons(rows).values() for one in seeds for row in one.arms.values()):
         if not any(row.get("accepted", ())):
             continue
         before, after = unpacked(row["head"]["right"]), unpacked(row["test"]["right"])
