@@ -103,15 +103,20 @@ def with_best_rate(
 ) -> dict[str, Any]:
     """Runs at the rate that is best on the search rows, for so many epochs, or at all."""
     numbers = [number] if number is not None else epochs(setting.rows)
-    counted = summary.counted(row for row in RESULTS.rows() if setting.key.items() <= row.items())
-    runs = {
-        rate: row["search"]
-        for n in numbers
-        for rate in rates
-        if (row := counted.get(f"{arm}, {n} epochs, rate {rate:g}"))
-    }
+    counted = _counted(setting)
+    runs = {rate: counted[name]["search"] for name, rate in _at_rates(arm, numbers, rates).items() if name in counted}
     rate = max(runs, key=lambda one: (runs[one]["score"], -runs[one]["loss"]))
     return {"rate": rate, **run(rate)}
+
+
+def _counted(setting: Setting) -> dict[str, dict[str, Any]]:
+    """By arm the results of a setting that count."""
+    return summary.counted(row for row in RESULTS.rows() if setting.key.items() <= row.items())
+
+
+def _at_rates(arm: str, numbers: Sequence[int], rates: Sequence[float]) -> dict[str, float]:
+    """By name of a run of AdamW its rate, the longest runs last."""
+    return {f"{arm}, {number} epochs, rate {rate:g}": rate for number in numbers for rate in rates}
 
 
 def alone(name: str, setting: Setting, setfit_python: Path | None = None) -> dict[str, Any]:
@@ -167,18 +172,19 @@ def missing(wanted: Iterable[Setting], begins: tuple[str, ...], setfit_python: P
     return [
         (name, setting)
         for setting in wanted
+        for known in [_counted(setting)]
         for name in arms(setting, setfit_python)
-        if name.startswith(begins) and not RESULTS.find(**setting.key, arm=name)
+        if name.startswith(begins) and name not in known
     ]
 
 
 def rates_known(setting: Setting, late: str) -> bool:
     """Whether AdamW has run at all rates that this late arm chooses among."""
-    prompt = late.startswith(summary.PROMPT_ADAMW)
-    arm = summary.PROMPT_ADAMW if prompt else summary.LORA_ADAMW
-    rates, numbers = (baselines.PROMPT_RATES, (PROMPT_EPOCHS,)) if prompt else (baselines.RATES, epochs(setting.rows))
-    names = [f"{arm}, {number} epochs, rate {rate:g}" for number in numbers for rate in rates]
-    return all(RESULTS.find(**setting.key, arm=name) for name in names)
+    if late.startswith(summary.PROMPT_ADAMW):
+        wanted = _at_rates(summary.PROMPT_ADAMW, [PROMPT_EPOCHS], baselines.PROMPT_RATES)
+    else:
+        wanted = _at_rates(summary.LORA_ADAMW, epochs(setting.rows), baselines.RATES)
+    return wanted.keys() <= _counted(setting).keys()
 
 
 def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minutes: float) -> None:
@@ -187,12 +193,11 @@ def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minut
 
     def run(one: Run) -> None:
         name, setting = one
+        told = f"{setting.name} {setting.rows} seed {setting.seed}: {name}"
         if time.monotonic() > end:
             return
         if name.endswith(LATE) and not rates_known(setting, name):
-            print(
-                f"{setting.name} {setting.rows} seed {setting.seed}: {name} waits for all of AdamW's rates", flush=True
-            )
+            print(f"{told} waits for all of AdamW's rates", flush=True)
             return
         try:
             result = alone(name, setting, setfit_python)
@@ -202,11 +207,7 @@ def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minut
         with writing:
             RESULTS.add({**setting.key, "arm": name, **result, **({"beside": workers - 1} if workers > 1 else {})})
             test, seconds = result["test"], result["seconds"]["total"]
-            print(
-                f"{setting.name} {setting.rows} seed {setting.seed}: {name}: {test['score']:.3f}, log-loss "
-                f"{test['loss']:.3f}, {seconds:.0f} s",
-                flush=True,
-            )
+            print(f"{told}: {test['score']:.3f}, log-loss {test['loss']:.3f}, {seconds:.0f} s", flush=True)
 
     # What goes by AdamW's best rate waits for all of them.
     first, last = ([one for one in runs if one[0].endswith(LATE) == late] for late in (False, True))

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib import pyplot
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from .baselines import PROMPT_RATES, RATES
 from .settings import unpacked
@@ -82,19 +82,21 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float
     Of an F1 it is the difference itself, and its standard deviation over test rows drawn again.
     """
     if "positive" in one:
-        positive = np.array(unpacked(one["positive"]))
-        rights = [np.array(unpacked(scores["right"])) for scores in (one, other)]
-        draws = np.random.default_rng(0).integers(len(positive), size=(DRAWS, len(positive)))
-        first, second = (_f1(right[draws], positive[draws]) for right in rights)
-        return one["score"] - other["score"], float((first - second).std())
+        rows = [np.array(unpacked(bits)) for bits in (one["right"], other["right"], one["positive"])]
+
+        def statistic(first: np.ndarray, second: np.ndarray, positive: np.ndarray, axis: int) -> np.ndarray:
+            return _f1(first, positive, axis) - _f1(second, positive, axis)
+
+        drawn = bootstrap(rows, statistic, paired=True, n_resamples=DRAWS, method="percentile", rng=0)
+        return one["score"] - other["score"], float(drawn.standard_error)
     pairs = zip(unpacked(one["right"]), unpacked(other["right"]), strict=True)
     each = [a - b for a, b in pairs]
     return statistics.mean(each), statistics.pstdev(each) / math.sqrt(len(each))
 
 
-def _f1(right: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Of class 1, by row of `(draws, rows)`."""
-    found, wrong = (right & positive).sum(1), (~right).sum(1)
+def _f1(right: np.ndarray, positive: np.ndarray, axis: int) -> np.ndarray:
+    """Of class 1, over the test rows along an axis."""
+    found, wrong = (right & positive).sum(axis), (~right).sum(axis)
     return 2 * found / np.maximum(2 * found + wrong, 1)
 
 
