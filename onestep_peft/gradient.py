@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from onestep_peft.config import OneStepConfig
 from onestep_peft.held_out import padded
 from onestep_peft.methods import Method
+from onestep_peft.out_of_fold import Pulling
 from onestep_peft.rows import Tokeniser
 from onestep_peft.slices import LEAD, PartedRows, SlicedRows
 from onestep_peft.step import processes
@@ -164,23 +165,29 @@ class ExactGradientTrainer(Trainer):
         in_pass = model.training
         if in_pass:
             without_dropout(model)
-        with self.head_of_the_pass(self._places(len(labels))) if in_pass else contextlib.nullcontext():
+        places = self._places(len(labels)) if in_pass else []
+        with self.head_of_the_pass(places) if in_pass else contextlib.nullcontext() as pulling:
             logits = logits_for(model, {name: value for name, value in inputs.items() if name != "labels"})
-        losses, items = self.task.row_losses(logits, labels), self.task.row_items(labels).sum()
-        loss = losses.sum()
+        losses, of_rows = self.task.row_losses(logits, labels), self.task.row_items(labels)
+        loss, items = losses.sum(), of_rows.sum()
         if in_pass:
             if not torch.isfinite(loss):
                 bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
                 raise ValueError(not_finite(float(loss.detach()), self.name_rows(bad)))
             self.one_step.count(float(items))
             self._cursor += len(labels)
+            if pulling is not None:
+                loss = loss + pulling(logits)[of_rows > 0].sum()  # not those that only fill up a batch
         else:
-            self.observe(logits, labels, losses, self.task.row_items(labels))
+            self.observe(logits, labels, losses, of_rows)
             loss = loss / items  # NaN where nothing is labelled
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
-    def head_of_the_pass(self, places: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-        """What stands in for the head while a micro-batch of the pass, rows at these places of it, goes forward."""
+    def head_of_the_pass(self, places: Sequence[int]) -> contextlib.AbstractContextManager[Pulling | None]:
+        """What stands in for the head while a micro-batch of the pass, rows at these places of it, goes forward.
+
+        Where it yields something, that turns the logits into what is added to the rows' losses.
+        """
         return contextlib.nullcontext()
 
     def _places(self, rows: int) -> list[int]:

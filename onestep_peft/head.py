@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep_peft.head_problem import Problem, Solution
 from onestep_peft.step import processes
 from onestep_peft.tasks import TEXT_CLASSIFICATION, Task, logits_for
 from onestep_peft.tasks.task import UNLABELLED
@@ -165,7 +166,7 @@ def outputs(
             logits = logits_for(model, inputs)
             (x, output), *_ = seen
             seen.clear()
-            yield logits, labels, _features_of(_items_of(x, output, logits).float(), labels, rows)
+            yield logits, labels, _features_of(items_of(x, output, logits).float(), labels, rows)
             rows += len(labels)
     finally:
         handle.remove()
@@ -181,8 +182,14 @@ def _features_of(x: Tensor, labels: Tensor, first: int) -> Features:
     return Features(x[known], labels[known], numbers[:, None].expand_as(labels)[known])
 
 
-def _items_of(x: Tensor, output: Tensor, logits: Tensor) -> Tensor:
-    """The layer's inputs that the logits belong to: `(rows, d)`, or `(rows, tokens, d)` for logits by token."""
+def items_of(x: Tensor, output: Tensor, logits: Tensor) -> Tensor:
+    """The layer's inputs that the logits belong to: `(rows, d)`, or `(rows, tokens, d)` for logits by token.
+
+    Args:
+        x: All of the layer's inputs.
+        output: What the layer made of them.
+        logits: What the model made of that.
+    """
     if output.shape == logits.shape:
         return x
     if output.dim() == logits.dim() == 3 and output.shape[2] == logits.shape[2]:  # virtual tokens before the row's
@@ -251,9 +258,9 @@ def fit(
     if held_out is not None:
         held_x, held_labels = (one.to(where) for one in _labelled(*held_out, task))
         held_out = held_x, held_labels
-    problem = _Problem(x, labels, task, bias)
+    problem = Problem(x, labels, task, bias)
     solution = problem.zero(outputs)
-    best: tuple[float | None, float, _Solution] | None = None
+    best: tuple[float | None, float, Solution] | None = None
     rises = 0
     for penalty in PENALTIES if held_out is not None else (1 / len(x),):
         solution = problem.minimised(solution, penalty, ROUGH)
@@ -285,9 +292,36 @@ def refit(x: Tensor, labels: Tensor, start: HeadFit, task: Task = TEXT_CLASSIFIC
     device = x.device
     where = _best_place(x, len(start.weight))
     x, labels = (one.to(where) for one in _labelled(x, labels, task))
-    problem = _Problem(x, labels, task, start.bias is not None)
-    solution = problem.minimised(problem.standardised(start.to(where)), start.penalty, CONVERGED)
+    problem = Problem(x, labels, task, start.bias is not None)
+    start = start.to(where)
+    solution = problem.minimised(problem.standardised(start.weight, start.bias), start.penalty, CONVERGED)
     return HeadFit(*problem.installed(solution), start.penalty, None).to(device)
+
+
+def pull(
+    x: Tensor, labels: Tensor, fitted: HeadFit, others: tuple[Tensor, Tensor], task: Task = TEXT_CLASSIFICATION
+) -> Tensor:
+    """How the summed loss of other items changes with the features of those that a head is fitted to.
+
+    Args:
+        x: `(items, d)`.
+        labels: `(items,)`, or `(items, outputs)`.
+        fitted: What `refit` gave for them.
+        others: The same two of the other items.
+
+    Returns:
+        The gradient at `x` of the loss in nats, `(items, d)`, fp32; zero for an item without a label.
+    """
+    where = _best_place(x, len(fitted.weight))
+    pulled = torch.zeros(x.shape, device=x.device)
+    own, known = (one.to(where) for one in _labelled(x, labels, task))
+    other_x, other_labels = (one.to(where) for one in _labelled(*others, task))
+    if len(other_x):
+        problem, fitted = Problem(own, known, task, fitted.bias is not None), fitted.to(where)
+        solution = problem.standardised(fitted.weight, fitted.bias)
+        found = problem.pull(solution, fitted.penalty, other_x, other_labels)
+        pulled[_is_labelled(labels, task)] = found.to(pulled)
+    return pulled
 
 
 @torch.no_grad()
@@ -319,65 +353,14 @@ def _mixed(one: HeadFit, other: HeadFit, share: float) -> HeadFit:
     return HeadFit(weight, torch.lerp(one.bias.double(), other.bias.double(), share), other.penalty, None)
 
 
-_Solution = tuple[Tensor, Tensor]  # weight `(outputs, d)` and offset `(outputs,)`, for standardised features
-
-
-class _Problem:
-    """The mean loss of some items as a function of a head, in standardised features and float64."""
-
-    def __init__(self, x: Tensor, labels: Tensor, task: Task, bias: bool) -> None:
-        self._labels, self._task, self._bias = labels, task, bias
-        self._mean = x.double().mean(0) if bias else torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        self._scale = (x.double() - self._mean).square().mean(0).sqrt().clamp_min(1e-6)
-        self._z = (x.double() - self._mean) / self._scale
-
-    def zero(self, outputs: int) -> _Solution:
-        return self._z.new_zeros(outputs, self._z.shape[1]), self._z.new_zeros(outputs)
-
-    def standardised(self, fitted: HeadFit) -> _Solution:
-        weight = fitted.weight.double()
-        offset = weight @ self._mean + fitted.bias if fitted.bias is not None else weight.new_zeros(len(weight))
-        return weight * self._scale, offset
-
-    def installed(self, solution: _Solution) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias for features as they are."""
-        weight, offset = solution
-        weight = weight / self._scale
-        return weight, offset - weight @ self._mean if self._bias else None
-
-    def loss(self, solution: _Solution, x: Tensor, labels: Tensor) -> float:
-        weight, offset = solution
-        logits = ((x.double() - self._mean) / self._scale) @ weight.T + offset
-        return float(self._task.row_losses(logits, labels).mean())
-
-    def minimised(self, start: _Solution, penalty: float, tolerance: float) -> _Solution:
-        """By L-BFGS from a start, until no entry of the gradient is above the tolerance."""
-        weight, offset = start[0].clone().requires_grad_(), start[1].clone().requires_grad_(self._bias)
-        solver = torch.optim.LBFGS(
-            [weight, offset] if self._bias else [weight],
-            max_iter=300,
-            history_size=20,
-            tolerance_grad=tolerance,
-            tolerance_change=1e-12,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
-            solver.zero_grad()
-            losses = self._task.row_losses(self._z @ weight.T + offset, self._labels)
-            loss = losses.mean() + penalty / 2 * weight.square().sum()
-            loss.backward()
-            return loss
-
-        with torch.enable_grad():
-            solver.step(closure)
-        return weight.detach(), offset.detach()
-
-
 def _labelled(x: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    # A token is an item by itself here, so a task by tokens counts as one by rows.
-    known = labels.ne(UNLABELLED) if task.by_token else task.row_items(labels) > 0
+    known = _is_labelled(labels, task)
     return x[known], labels[known]
+
+
+def _is_labelled(labels: Tensor, task: Task) -> Tensor:
+    # A token is an item by itself here, so a task by tokens counts as one by rows.
+    return labels.ne(UNLABELLED) if task.by_token else task.row_items(labels) > 0
 
 
 def _best_place(x: Tensor, outputs: int) -> torch.device:

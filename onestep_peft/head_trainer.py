@@ -17,7 +17,7 @@ from onestep_peft.gradient import not_finite
 from onestep_peft.head import HeadFit
 from onestep_peft.held_out import HeldOut, Split, batched_by_length, by_content, listed, padded, select
 from onestep_peft.hub.sharing import SharingTrainer
-from onestep_peft.out_of_fold import FoldHeads
+from onestep_peft.out_of_fold import FoldHeads, Pulling
 from onestep_peft.preparation import Adapted
 from onestep_peft.step import processes
 from onestep_peft.step.outcome import StepOutcome
@@ -143,9 +143,12 @@ class HeadTrainer(SharingTrainer):
 
     def _heads(self, found: head.Features, numbers: Sequence[int], whole: head.HeadFit) -> FoldHeads | None:
         """The heads of the folds for the features of rows at these places of the pass."""
-        folds = cast(OneStepConfig, self.args).head_folds
-        of_items = self._folds_of(found, numbers, folds)
-        return out_of_fold.fit(found.gathered(), of_items, int(self._all_folds(folds).max()) + 1, whole, self.task)
+        folds = self._all_folds(cast(OneStepConfig, self.args).head_folds)
+        places = self._places_of(found, numbers)
+        # Through a walk, and through slices, the head stays as it is: no row has a say in it.
+        return out_of_fold.fit(
+            found.gathered(), places, folds, int(folds.max()) + 1, whole, self.task, pulls=self.slices == 1
+        )
 
     def _heads_at_bodies(self, numbers: Sequence[int], whole: head.HeadFit) -> FoldHeads | None:
         """The same for each part of the rows at its body: fold f of part p is fold f · parts + p of all."""
@@ -156,21 +159,20 @@ class HeadTrainer(SharingTrainer):
             own = [number for number in numbers if part_of_row[number] == part]
             with bodies.standing_in(part):
                 found = self._features(own)
-            of_items = self._folds_of(found, own, folds * bodies.parts) // bodies.parts
-            heads.append(out_of_fold.fit(found.gathered(), of_items, folds, whole, self.task))
+            of_rows, places = self._all_folds(folds * bodies.parts) // bodies.parts, self._places_of(found, own)
+            heads.append(out_of_fold.fit(found.gathered(), places, of_rows, folds, whole, self.task, pulls=True))
         return FoldHeads.interleaved(heads)
 
-    def _folds_of(self, found: head.Features, numbers: Sequence[int], folds: int) -> Tensor:
-        """The folds of all processes' items, `(items,)`.
+    def _places_of(self, found: head.Features, numbers: Sequence[int]) -> Tensor:
+        """Where in the pass the rows of all processes' items stand, `(items,)`.
 
         Args:
             found: This process' items.
             numbers: Places in the pass of the rows that all processes' items come from.
-            folds: How many there are.
         """
         rows = [processes.dealt(row, self.args.eval_batch_size) for row in found.rows.tolist()]
         places = [numbers[min(row, len(numbers) - 1)] for row in rows]  # rows behind the last have no labels
-        return processes.gathered(self._all_folds(folds)[torch.tensor(places)].to(found.x.device))
+        return processes.gathered(torch.tensor(places).to(found.x.device)).cpu()
 
     def _all_folds(self, folds: int) -> Tensor:
         """The fold of each row of the pass, `(rows,)`."""
@@ -178,13 +180,14 @@ class HeadTrainer(SharingTrainer):
             self._folds[folds] = out_of_fold.fold_of_each(listed(self.train_dataset), folds)
         return self._folds[folds]
 
-    def head_of_the_pass(self, places: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-        """For each row the head that was fitted without its fold."""
+    def head_of_the_pass(self, places: Sequence[int]) -> contextlib.AbstractContextManager[Pulling | None]:
+        """For each row the head that was fitted without its fold, and the row's pull on those of the others."""
         # On a walk the body has not seen the next rows, and it has moved to suit the head that is there.
         if self._fold_heads is None or self.one_step.walk.under_way:
             return super().head_of_the_pass(places)
         folds = self._all_folds(len(self._fold_heads.weight))
-        return self._fold_heads.answering(self.head_layer(), folds[torch.tensor(places)])
+        there = torch.tensor(places)
+        return self._fold_heads.answering(self.head_layer(), folds[there], there)
 
     def fixed_in_the_pass(self) -> dict[str, Tensor]:
         """The heads of the folds."""

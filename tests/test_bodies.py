@@ -246,6 +246,10 @@ def test_heads_of_parts_are_interleaved() -> None:
     biased = [FoldHeads(one.weight, one.weight[:, :, 0]) for one in (first, second)]
     both = FoldHeads.interleaved(biased)
     assert both is not None and both.bias is not None and both.bias[:, 1].tolist() == [0, 10, 1, 11, 2, 12]
+    assert both.pulls is None
+    pulling = [FoldHeads(first.weight, None, torch.eye(2)[part][:, None]) for part in (0, 1)]
+    both = FoldHeads.interleaved(pulling)
+    assert both is not None and both.pulls is not None and both.pulls.tolist() == [[1], [1]]
 
 
 # The whole run

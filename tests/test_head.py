@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,14 @@ from transformers import (
 )
 
 from onestep_peft import head
-from onestep_peft.tasks import MULTI_LABEL_CLASSIFICATION, TEXT_REGRESSION, TOKEN_CLASSIFICATION
-from tests.conftest import SMALL, VOCABULARY, tiny_bert, tiny_llama, toy_rows, word_tokenizer
+from onestep_peft.tasks import (
+    MULTI_LABEL_CLASSIFICATION,
+    TEXT_CLASSIFICATION,
+    TEXT_REGRESSION,
+    TOKEN_CLASSIFICATION,
+    Task,
+)
+from tests.conftest import SMALL, VOCABULARY, relative_difference, tiny_bert, tiny_llama, toy_rows, word_tokenizer
 from tests.tasks.small import tiny_tagger
 
 CONFIGS = {
@@ -109,6 +116,36 @@ def scikit_learn(x: Tensor, labels: Tensor, penalty: float, bias: bool) -> tuple
     model.fit((features - mean) / scale, labels.numpy())
     weight = model.coef_ / scale
     return weight, model.intercept_ - weight @ mean
+
+
+def newton(x: Tensor, labels: Tensor, penalty: float, bias: bool, task: Task, *, outputs: int) -> tuple[Tensor, Tensor]:
+    """Weight and offset of the fit in float64, differentiable in `x`: Newton steps with the Hessian as a matrix.
+
+    At the minimum the derivative of one more such step with the Hessian held is that of the minimum.
+    """
+    mean = x.mean(0) if bias else torch.zeros_like(x[0])
+    z = (x - mean) / (x - mean).square().mean(0).sqrt()
+    if bias:
+        z = torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1)
+    ridge = torch.full((z.shape[1],), penalty, dtype=z.dtype)
+    ridge[x.shape[1] :] = 1e-9  # the offset is free; with several classes only its differences tell
+
+    def objective(solution: Tensor, z: Tensor) -> Tensor:
+        weight = solution.view(outputs, -1)
+        return task.row_losses(z @ weight.T, labels).mean() + (ridge * weight.square()).sum() / 2
+
+    solution = torch.zeros(outputs * z.shape[1], dtype=z.dtype)
+    for _ in range(30):
+        hessian: Any = torch.autograd.functional.hessian(lambda s: objective(s, z.detach()), solution)
+        slope: Any = torch.autograd.functional.jacobian(lambda s: objective(s, z.detach()), solution)
+        solution = solution - torch.linalg.solve(hessian, slope)
+    assert float(slope.abs().max()) < 1e-8
+    start = solution.requires_grad_()
+    (slope,) = torch.autograd.grad(objective(start, z), start, create_graph=True)
+    moved = (solution.detach() - torch.linalg.solve(hessian, slope)).view(outputs, -1)
+    weight = moved[:, : x.shape[1]] / (x - mean).square().mean(0).sqrt()
+    offset = moved[:, -1] if bias else torch.zeros(outputs, dtype=x.dtype)
+    return weight, offset - weight @ mean
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -303,3 +340,40 @@ def test_features_of_tokens_are_those_with_a_label() -> None:
     fitted = head.fit(found.x, found.labels, held_out=None, outputs=5, bias=True, task=TOKEN_CLASSIFICATION)
     plain = head.fit(found.x, found.labels, held_out=None, outputs=5, bias=True)
     assert torch.equal(fitted.weight, plain.weight)
+
+
+PULLING = [TEXT_CLASSIFICATION, TEXT_REGRESSION, MULTI_LABEL_CLASSIFICATION]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("penalty", [1.0, 1e-3])
+@pytest.mark.parametrize("task", PULLING, ids=lambda task: str(task.problem_type))
+def test_the_pull_of_items_on_others_is_autograds_through_the_fit(task: Task, penalty: float, bias: bool) -> None:
+    x, labels = clusters(50, seed=0)
+    other_x, other_labels = clusters(20, seed=1)
+    outputs = {TEXT_CLASSIFICATION: 3, TEXT_REGRESSION: 1, MULTI_LABEL_CLASSIFICATION: 3}[task]
+    if task is TEXT_REGRESSION:
+        labels, other_labels = labels * 2.5 + 1, other_labels * 2.5 + 1
+    elif task is MULTI_LABEL_CLASSIFICATION:
+        labels, other_labels = ((one[:, None] >= torch.arange(3)).float() for one in (labels, other_labels))
+    start = head.fit(x, labels, held_out=None, outputs=outputs, bias=bias, task=task)
+    start = dataclasses.replace(start, penalty=penalty)
+    found = head.pull(x, labels, head.refit(x, labels, start, task), (other_x, other_labels), task)
+
+    wide = x.double().requires_grad_()
+    weight, offset = newton(wide, labels, penalty, bias, task, outputs=outputs)
+    loss = task.row_losses(other_x.double() @ weight.T + offset, other_labels).sum()
+    (expected,) = torch.autograd.grad(loss, wide)
+    assert found.dtype == torch.float32 and relative_difference(found, expected) < 1e-3
+
+
+def test_items_without_a_label_do_not_pull_and_are_not_pulled_at() -> None:
+    x, labels = clusters(50, seed=0)
+    others = clusters(20, seed=1)
+    whole = head.fit(x, labels, held_out=None, outputs=3, bias=True)
+    fitted = head.refit(x[4:], labels[4:], whole)
+    expected = head.pull(x[4:], labels[4:], fitted, (others[0][2:], others[1][2:]))
+    labels[:4], others[1][:2] = -100, -100
+    found = head.pull(x, labels, fitted, others)
+    assert not found[:4].any() and relative_difference(found[4:], expected) < 1e-5
+    assert not head.pull(x, labels, fitted, (others[0], torch.full_like(others[1], -100))).any()

@@ -146,8 +146,9 @@ def test_a_saved_pass_has_the_heads_of_the_folds(kind: str, tmp_path: Path) -> N
     cut(tmp_path / "cut", 5 + (6 if second else 0), **KINDS[kind])
     (file,) = state_of(tmp_path / "cut").glob("sums-*.safetensors")
     saved = {name: value for name, value in load_file(file).items() if name.startswith(PREFIX)}
-    assert saved.keys() == {f"{PREFIX}weight", f"{PREFIX}bias"}
+    assert saved.keys() == {f"{PREFIX}weight", f"{PREFIX}bias", f"{PREFIX}pulls"}
     assert saved[f"{PREFIX}weight"].shape == (10 if second else 5, 2, 32)
+    assert saved[f"{PREFIX}pulls"].shape == (len(whole.pass_rows), 32) and bool(saved[f"{PREFIX}pulls"].any(1).all())
     again, _ = resumed(tmp_path / "cut", **KINDS[kind])
     assert again.report.metrics["head"] == whole.report.metrics["head"]
     # The heads of the last fit, in both.

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onestep_peft import OneStepTrainer, head, head_trainer, out_of_fold
-from onestep_peft.head import Features
+from onestep_peft.head import Features, HeadFit
 from onestep_peft.held_out import listed
 from onestep_peft.out_of_fold import FoldHeads, fold_of_each
-from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
+from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION, TOKEN_CLASSIFICATION, Task
 from tests.conftest import (
     config_for,
     relative_difference,
@@ -31,7 +31,7 @@ from tests.conftest import (
     word_tokenizer,
 )
 from tests.tasks.small import tagged_rows, tiny_tagger
-from tests.test_head import clusters, scikit_learn
+from tests.test_head import clusters, newton, scikit_learn
 
 # Folds
 
@@ -111,7 +111,7 @@ def test_each_row_is_answered_by_the_head_of_its_fold(shape: tuple[int, ...], bi
     folds = torch.tensor([0, 3, 1, 1, 2, 0, 3])
     x = torch.randn(*shape, d, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     own = layer(x)
-    with heads.answering(layer, folds):
+    with heads.answering(layer, folds, torch.arange(7)):
         found = layer(x)
     assert found.dtype == dtype and found.shape == own.shape
     # A row at a time, in float64, from weights that the layer's precision can hold.
@@ -131,9 +131,31 @@ def test_each_row_is_answered_by_the_head_of_its_fold(shape: tuple[int, ...], bi
     assert not layer._forward_hooks and same_bits(layer(x).detach(), own.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [None, 4])
+def test_a_rows_pull_is_the_gradient_of_a_zero(tokens: int | None, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    heads = dataclasses.replace(heads_for(2, 3, 6, True), pulls=torch.randn(9, 6, generator=draw))
+    layer, places = nn.Linear(6, 3).to(dtype), torch.tensor([8, 0, 3, 3, 5])
+    x = torch.randn(5, *[tokens][: tokens is not None], 6, generator=draw).to(dtype).requires_grad_()
+    read = torch.tensor([3, 0, 2, 3, 1])  # the token that a decoder classifies a row by
+    with heads.answering(layer, places % 2, places) as pulling:
+        output = layer(x)
+        logits = output if tokens is None else output[torch.arange(5), read]
+        added = pulling(logits)
+    assert added.shape == (5,) and not added.any()
+    (slope,) = torch.autograd.grad(added.sum(), x)
+    there = slope if tokens is None else slope[torch.arange(5), read]
+    assert same_bits(there, heads.pulls[places].to(dtype))
+    assert float(slope.abs().sum()) == float(there.abs().sum())  # and nothing at the other tokens
+    without = dataclasses.replace(heads, pulls=None)
+    with without.answering(layer, places % 2, places) as pulling:
+        assert not pulling(layer(x)).any()
+
+
 def test_an_error_takes_the_hook_away_too() -> None:
     heads, layer = heads_for(2, 3, 6, True), nn.Linear(6, 3)
-    with pytest.raises(RuntimeError, match="out of memory"), heads.answering(layer, torch.zeros(2, dtype=torch.long)):
+    with pytest.raises(RuntimeError, match="out of memory"), heads.answering(layer, *torch.zeros(2, 2).long()):
         assert layer._forward_hooks
         raise RuntimeError("out of memory")
     assert not layer._forward_hooks
@@ -145,6 +167,9 @@ def test_heads_come_back_from_the_tensors_that_a_file_holds(bias: bool) -> None:
     again = FoldHeads.among({"loss": torch.zeros(()), **heads.tensors()})
     assert again is not None and same_bits(again.weight, heads.weight)
     assert again.bias is None if heads.bias is None else same_bits(again.bias, heads.bias)
+    assert again.pulls is None
+    pulled = FoldHeads.among(dataclasses.replace(heads, pulls=torch.ones(5, 4)).tensors())
+    assert pulled is not None and pulled.pulls is not None and same_bits(pulled.pulls, torch.ones(5, 4))
     assert FoldHeads.among({"loss": torch.zeros(())}) is None
 
 
@@ -155,6 +180,11 @@ def features_of(x: Tensor, labels: Tensor) -> Features:
     return Features(x, labels, torch.arange(len(x)))
 
 
+def fitted(found: Features, folds_of_rows: Tensor, folds: int, whole: HeadFit, task: Task) -> FoldHeads | None:
+    """The heads for items that are one row each, in the rows' order."""
+    return out_of_fold.fit(found, torch.arange(len(found.x)), folds_of_rows, folds, whole, task, pulls=True)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("held", [True, False])
 def test_a_folds_head_is_scikit_learns_on_the_rows_of_all_others(bias: bool, held: bool) -> None:
@@ -163,7 +193,7 @@ def test_a_folds_head_is_scikit_learns_on_the_rows_of_all_others(bias: bool, hel
     held_out = clusters(60, seed=1) if held else None
     whole = head.fit(x, labels, held_out=held_out, outputs=3, bias=bias)
     assert (whole.penalty == 1 / 120) != held
-    found = out_of_fold.fit(features_of(x, labels), folds, 4, whole, TEXT_CLASSIFICATION)
+    found = fitted(features_of(x, labels), folds, 4, whole, TEXT_CLASSIFICATION)
     assert found is not None and found.weight.shape == (4, 3, 5)
     for fold in range(4):
         others = folds != fold
@@ -185,7 +215,7 @@ def test_a_head_that_knows_its_rows_by_heart_forgets_those_of_a_fold() -> None:
     whole = dataclasses.replace(head.fit(x, labels, held_out=None, outputs=4, bias=True), penalty=1e-4)
     whole = head.refit(x, labels, whole)
     folds = torch.arange(60) % 5
-    found = out_of_fold.fit(features_of(x, labels), folds, 5, whole, TEXT_CLASSIFICATION)
+    found = fitted(features_of(x, labels), folds, 5, whole, TEXT_CLASSIFICATION)
     assert found is not None and found.bias is not None
     logits = torch.einsum("nod,nd->no", found.weight[folds], x) + found.bias[folds]
     expected = torch.empty(60, 4, dtype=torch.float64)
@@ -204,7 +234,7 @@ def test_numbers_are_fitted_out_of_fold_by_ridge_regression() -> None:
     y[7] = float("nan")
     whole = head.fit(x, y, held_out=None, outputs=1, bias=True, task=TEXT_REGRESSION)
     folds = torch.arange(80) % 3
-    found = out_of_fold.fit(features_of(x, y), folds, 3, whole, TEXT_REGRESSION)
+    found = fitted(features_of(x, y), folds, 3, whole, TEXT_REGRESSION)
     assert found is not None and found.bias is not None
     for fold in range(3):
         rows = (folds != fold) & ~y.isnan()
@@ -223,17 +253,64 @@ def test_where_one_fold_holds_everything_there_are_no_heads() -> None:
     whole = head.fit(x, labels, held_out=None, outputs=3, bias=True)
     for fold in (0, 1):
         folds = torch.full((20,), fold)
-        assert out_of_fold.fit(features_of(x, labels), folds, 2, whole, TEXT_CLASSIFICATION) is None
+        assert fitted(features_of(x, labels), folds, 2, whole, TEXT_CLASSIFICATION) is None
 
 
 def test_a_fold_without_items_has_the_head_of_all_of_them() -> None:
     # The items may be a sample of the rows, and the pass has rows of every fold.
     x, labels = clusters(60, seed=0)
     whole = head.fit(x, labels, held_out=None, outputs=3, bias=True)
-    found = out_of_fold.fit(features_of(x, labels), torch.arange(60) % 2, 4, whole, TEXT_CLASSIFICATION)
+    found = fitted(features_of(x, labels), torch.arange(60) % 2, 4, whole, TEXT_CLASSIFICATION)
     assert found is not None and len(found.weight) == 4
     for fold in (2, 3):
         assert torch.allclose(found.weight[fold].double(), whole.weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_rows_pull_is_what_it_changes_in_the_loss_of_the_rows_that_heads_have_not_seen(bias: bool) -> None:
+    # By hand, all heads fitted anew and differentiable; two items stand behind the last row.
+    x, labels = clusters(40, seed=0)
+    labels[[0, 1, 5]] = -100
+    places = torch.cat([torch.arange(38), torch.tensor([37, 37])]).flip(0)
+    folds = torch.arange(38) % 3
+    whole = head.fit(x, labels, held_out=None, outputs=3, bias=bias)
+    everything = features_of(x, labels), places, folds, 3, whole, TEXT_CLASSIFICATION
+    found, without = (out_of_fold.fit(*everything, pulls=wanted) for wanted in (True, False))
+    assert without is not None and without.pulls is None
+    assert found is not None and found.pulls is not None and found.pulls.shape == (38, 5)
+
+    wide = x.double().requires_grad_()
+    known, total = labels != -100, torch.zeros((), dtype=torch.float64)
+    for fold in range(3):
+        inside = folds[places] == fold
+        rows, others = inside & known, ~inside & known
+        weight, offset = newton(wide[others], labels[others], whole.penalty, bias, TEXT_CLASSIFICATION, outputs=3)
+        # The rows' own features are held: what they change by themselves is the residual's part of the gradient.
+        logits = wide[rows].detach() @ weight.T + offset
+        total = total + TEXT_CLASSIFICATION.row_losses(logits, labels[rows]).sum()
+    (expected,) = torch.autograd.grad(total, wide)
+    by_place = torch.zeros(38, 5, dtype=torch.float64)
+    by_place[places[known]] = expected[known]
+    assert relative_difference(found.pulls, by_place) < 1e-3
+    assert float(expected.norm()) > 0.1 and not found.pulls[places[5]].any()
+
+
+def test_where_the_head_stays_through_slices_no_row_pulls_at_it(tmp_path: Path) -> None:
+    for slices in (1, 2):
+        options = {**WHOLE_PASS, "slices": slices}
+        trainer = trainer_for(tmp_path / str(slices), toy_rows(40, seed=1), **options)
+        trainer.train()
+        assert trainer._fold_heads is not None and (trainer._fold_heads.pulls is None) == (slices == 2)
+
+
+def test_tokens_have_no_pulls(tmp_path: Path) -> None:
+    trainer = OneStepTrainer(
+        model=tiny_tagger(), args=config_for(tmp_path, direction="kfac", step_size=0.05, guard=False),
+        train_dataset=tagged_rows(20, 1), processing_class=word_tokenizer(),
+    )  # fmt: skip
+    assert trainer.task is TOKEN_CLASSIFICATION
+    trainer.train()
+    assert trainer._fold_heads is not None and trainer._fold_heads.pulls is None
 
 
 def test_rows_beyond_a_sample_of_many_tokens_have_a_head_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +358,7 @@ def gradients_by_autograd(model: Any, names: list[str], losses: Any) -> dict[str
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("folds", [1, 3])
-def test_the_gradient_of_a_pass_is_autograds_with_each_row_under_the_head_of_its_fold(
+def test_the_gradient_of_a_pass_is_autograds_through_the_fits_of_the_heads_that_have_not_seen_a_row(
     kind: str, folds: int, tmp_path: Path
 ) -> None:
     make, side = MODELS[kind]
@@ -294,26 +371,28 @@ def test_the_gradient_of_a_pass_is_autograds_with_each_row_under_the_head_of_its
     batch, labels, tokens = one_batch(trainer)
     output = trainer.train()
 
-    # By hand: features, the whole head, and one for each fold from the rows of the others.
+    # By hand: features, the whole head, and for each fold one that follows the features of the other rows.
     with torch.no_grad():
         x = head_input(oracle, batch)
     bias = kind == "bert"
     whole = head.fit(x, labels, held_out=None, outputs=CLASSES, bias=bias)
-    fold_of = fold_of_each(tokens, folds).tolist()
-    fitted = [whole]
-    if folds > 1:
-        outside = [[i for i in range(len(tokens)) if fold_of[i] != fold] for fold in range(folds)]
-        fitted = [head.refit(x[rows], labels[rows], whole) for rows in outside]
+    fold_of = fold_of_each(tokens, folds)
 
     def losses() -> Tensor:
-        features = head_input(oracle, batch)
+        features = head_input(oracle, batch).double()
         result = []
-        for row, fold in enumerate(fold_of):
-            logits = features[row] @ fitted[fold].weight.float().T
-            if fitted[fold].bias is not None:
-                logits = logits + fitted[fold].bias.float()
-            result.append(nn.functional.cross_entropy(logits, labels[row]))
-        return torch.stack(result)
+        for fold in range(folds):
+            rows, others = fold_of == fold, fold_of != fold
+            if folds > 1:
+                weight, offset = newton(
+                    features[others], labels[others], whole.penalty, bias, TEXT_CLASSIFICATION, outputs=CLASSES
+                )
+            else:
+                weight, offset = whole.weight, whole.bias if whole.bias is not None else torch.zeros(CLASSES)
+            result.append(
+                nn.functional.cross_entropy(features[rows] @ weight.T + offset, labels[rows], reduction="none")
+            )
+        return torch.cat(result)
 
     statistics = trainer.one_step.statistics
     expected = gradients_by_autograd(oracle, list(statistics), losses)
