@@ -145,10 +145,13 @@ class HeadTrainer(SharingTrainer):
         """The heads of the folds for the features of rows at these places of the pass."""
         folds = self._all_folds(cast(OneStepConfig, self.args).head_folds)
         places = self._places_of(found, numbers)
-        # Through a walk, and through slices, the head stays as it is: no row has a say in it.
-        return out_of_fold.fit(
-            found.gathered(), places, folds, int(folds.max()) + 1, whole, self.task, pulls=self.slices == 1
-        )
+        number = int(folds.max()) + 1
+        return out_of_fold.fit(found.gathered(), places, folds, number, whole, self.task, pulls=self._head_follows)
+
+    @property
+    def _head_follows(self) -> bool:
+        """Whether the head is fitted again after the step: not where slices follow, nor where nothing is held out."""
+        return self.slices == 1 and self.held_out is not None
 
     def _heads_at_bodies(self, numbers: Sequence[int], whole: head.HeadFit) -> FoldHeads | None:
         """The same for each part of the rows at its body: fold f of part p is fold f · parts + p of all."""
@@ -160,7 +163,8 @@ class HeadTrainer(SharingTrainer):
             with bodies.standing_in(part):
                 found = self._features(own)
             of_rows, places = self._all_folds(folds * bodies.parts) // bodies.parts, self._places_of(found, own)
-            heads.append(out_of_fold.fit(found.gathered(), places, of_rows, folds, whole, self.task, pulls=True))
+            pulls = self._head_follows
+            heads.append(out_of_fold.fit(found.gathered(), places, of_rows, folds, whole, self.task, pulls=pulls))
         return FoldHeads.interleaved(heads)
 
     def _places_of(self, found: head.Features, numbers: Sequence[int]) -> Tensor:

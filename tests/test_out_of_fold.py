@@ -297,7 +297,7 @@ def test_a_rows_pull_is_what_it_changes_in_the_loss_of_the_rows_that_heads_have_
 
 def test_where_the_head_stays_through_slices_no_row_pulls_at_it(tmp_path: Path) -> None:
     for slices in (1, 2):
-        options = {**WHOLE_PASS, "slices": slices}
+        options = {**WHOLE_PASS, "guard": True, "slices": slices, "search_dataset": toy_rows(30, seed=2)}
         trainer = trainer_for(tmp_path / str(slices), toy_rows(40, seed=1), **options)
         trainer.train()
         assert trainer._fold_heads is not None and (trainer._fold_heads.pulls is None) == (slices == 2)
@@ -331,9 +331,9 @@ MODELS = {"bert": (tiny_bert, "right"), "llama": (tiny_llama, "left")}
 WHOLE_PASS = {"direction": "kfac", "step_size": 0.05, "guard": False, "per_device_train_batch_size": 8}
 
 
-def one_batch(trainer: OneStepTrainer) -> tuple[dict[str, Tensor], Tensor, list[Any]]:
-    """All rows of the pass at once: the inputs, their labels, and the rows."""
-    rows = listed(trainer.train_dataset)
+def one_batch(trainer: OneStepTrainer, dataset: Any) -> tuple[dict[str, Tensor], Tensor, list[Any]]:
+    """All rows of a set at once: the inputs, their labels, and the rows."""
+    rows = listed(dataset)
     batch = dict(trainer.data_collator(rows))
     return batch, batch.pop("labels"), rows
 
@@ -357,25 +357,32 @@ def gradients_by_autograd(model: Any, names: list[str], losses: Any) -> dict[str
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("folds", [1, 3])
+@pytest.mark.parametrize(("folds", "held"), [(1, False), (1, True), (3, False), (3, True)])
 def test_the_gradient_of_a_pass_is_autograds_through_the_fits_of_the_heads_that_have_not_seen_a_row(
-    kind: str, folds: int, tmp_path: Path
+    kind: str, folds: int, held: bool, tmp_path: Path
 ) -> None:
+    # With rows held out the head is fitted again after the step; without, it stays, and so do those of the folds.
     make, side = MODELS[kind]
     rows = toy_rows(43, seed=1, classes=CLASSES)  # 43 = 5 · 8 + 3: an uneven tail
+    options = {**WHOLE_PASS, "guard": held, "search_dataset": toy_rows(30, seed=2, classes=CLASSES) if held else None}
     trainer = trainer_for(
         tmp_path, rows, model=make(num_labels=CLASSES), processing_class=word_tokenizer(side), head_folds=folds,
-        **WHOLE_PASS,
+        **options,
     )  # fmt: skip
     oracle: Any = copy.deepcopy(trainer.model).eval()
-    batch, labels, tokens = one_batch(trainer)
+    batch, labels, tokens = one_batch(trainer, trainer.train_dataset)
+    chooses = None
+    if held:
+        held_batch, held_labels, _ = one_batch(trainer, trainer.held_rows)
+        with torch.no_grad():
+            chooses = head_input(oracle, held_batch), held_labels
     output = trainer.train()
 
     # By hand: features, the whole head, and for each fold one that follows the features of the other rows.
     with torch.no_grad():
         x = head_input(oracle, batch)
     bias = kind == "bert"
-    whole = head.fit(x, labels, held_out=None, outputs=CLASSES, bias=bias)
+    whole = head.fit(x, labels, held_out=chooses, outputs=CLASSES, bias=bias)
     fold_of = fold_of_each(tokens, folds)
 
     def losses() -> Tensor:
@@ -384,8 +391,9 @@ def test_the_gradient_of_a_pass_is_autograds_through_the_fits_of_the_heads_that_
         for fold in range(folds):
             rows, others = fold_of == fold, fold_of != fold
             if folds > 1:
+                others_x = features[others] if held else features[others].detach()
                 weight, offset = newton(
-                    features[others], labels[others], whole.penalty, bias, TEXT_CLASSIFICATION, outputs=CLASSES
+                    others_x, labels[others], whole.penalty, bias, TEXT_CLASSIFICATION, outputs=CLASSES
                 )
             else:
                 weight, offset = whole.weight, whole.bias if whole.bias is not None else torch.zeros(CLASSES)
@@ -401,11 +409,11 @@ def test_the_gradient_of_a_pass_is_autograds_through_the_fits_of_the_heads_that_
     for name in moving:
         assert relative_difference(statistics[name].gradient, expected[name]) < 5e-4, name
     assert output.training_loss == pytest.approx(float(losses().mean().detach()), rel=1e-4)
-    # The head that is installed is the one of all rows, whatever the folds.
-    assert trainer.adapted.head is not None
-    installed = head.active(trainer.model, trainer.adapted.head).weight.detach()
-    assert relative_difference(installed, whole.weight) < 1e-4
     assert (trainer._fold_heads is None) == (folds == 1)
+    if not held:  # the head that is installed is the one of all rows, whatever the folds
+        assert trainer.adapted.head is not None
+        installed = head.active(trainer.model, trainer.adapted.head).weight.detach()
+        assert relative_difference(installed, whole.weight) < 1e-4
 
 
 def test_the_loss_of_the_pass_is_that_of_rows_a_head_has_not_seen(tmp_path: Path) -> None:
