@@ -169,6 +169,8 @@ class ExactGradientTrainer(Trainer):
         with self.head_of_the_pass(places) if in_pass else contextlib.nullcontext() as pulling:
             logits = logits_for(model, {name: value for name, value in inputs.items() if name != "labels"})
         losses, of_rows = self.task.row_losses(logits, labels), self.task.row_items(labels)
+        if pulling is not None:  # not for rows that only fill up a batch
+            losses = losses + pulling(logits, inputs.get("attention_mask")).masked_fill(of_rows == 0, 0.0)
         loss, items = losses.sum(), of_rows.sum()
         if in_pass:
             if not torch.isfinite(loss):
@@ -176,8 +178,6 @@ class ExactGradientTrainer(Trainer):
                 raise ValueError(not_finite(float(loss.detach()), self.name_rows(bad)))
             self.one_step.count(float(items))
             self._cursor += len(labels)
-            if pulling is not None:
-                loss = loss + pulling(logits)[of_rows > 0].sum()  # not those that only fill up a batch
         else:
             self.observe(logits, labels, losses, of_rows)
             loss = loss / items  # NaN where nothing is labelled

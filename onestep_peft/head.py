@@ -166,7 +166,8 @@ def outputs(
             logits = logits_for(model, inputs)
             (x, output), *_ = seen
             seen.clear()
-            yield logits, labels, _features_of(items_of(x, output, logits).float(), labels, rows)
+            items = items_of(x, output, logits, inputs.get("attention_mask"))
+            yield logits, labels, _features_of(items.float(), labels, rows)
             rows += len(labels)
     finally:
         handle.remove()
@@ -182,13 +183,14 @@ def _features_of(x: Tensor, labels: Tensor, first: int) -> Features:
     return Features(x[known], labels[known], numbers[:, None].expand_as(labels)[known])
 
 
-def items_of(x: Tensor, output: Tensor, logits: Tensor) -> Tensor:
+def items_of(x: Tensor, output: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
     """The layer's inputs that the logits belong to: `(rows, d)`, or `(rows, tokens, d)` for logits by token.
 
     Args:
         x: All of the layer's inputs.
         output: What the layer made of them.
         logits: What the model made of that.
+        mask: `(rows, tokens)`, zero at padding: in 16 bits a token there may have the logits of the row's last one.
     """
     if output.shape == logits.shape:
         return x
@@ -198,6 +200,8 @@ def items_of(x: Tensor, output: Tensor, logits: Tensor) -> Tensor:
     if output.dim() == 3:  # NaN is found too: what is wrong with such a row is said where its loss is looked at
         output = output.to(logits.dtype)  # 16 bits under autocast, made fp32 again in what the model returns
         same = output.isclose(logits[:, None, :], rtol=0, atol=0, equal_nan=True).all(-1)  # (rows, tokens)
+        if mask is not None and mask.dim() == 2:  # virtual tokens stand before those that it is of
+            same = same & nn.functional.pad(mask.bool(), (same.shape[1] - mask.shape[1], 0), value=True)
     if same is None or not bool(same.any(1).all()):
         raise ValueError(
             "The model's logits are not rows of its last layer's output, so the head cannot be fitted by itself. Pass "

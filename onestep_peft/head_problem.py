@@ -13,6 +13,9 @@ from onestep_peft.tasks import Task
 Solution = tuple[Tensor, Tensor]
 # What is left of a linear system, by its right side, at which it counts as solved; and the most steps to there.
 SOLVED, STEPS_MAX = 1e-6, 300
+# A feature that varies by less than this share of what half of them do is as good as constant: a step that moves it is
+# divided by next to nothing, and would outweigh all others.
+FLAT = 1e-3
 
 
 class Problem:
@@ -26,9 +29,9 @@ class Problem:
     """
 
     def __init__(self, x: Tensor, labels: Tensor, task: Task, bias: bool) -> None:
-        self._x, self._labels, self._task, self._bias = x.double(), labels, task, bias
-        self._mean, self._scale = self._standard(self._x)
-        self._z = (self._x - self._mean) / self._scale
+        self._labels, self._task, self._bias = labels, task, bias
+        self._mean, self._scale = self._standard(x.double())
+        self._z = (x.double() - self._mean) / self._scale
 
     def _standard(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """By feature what is taken off, and what the rest is divided by."""
@@ -102,9 +105,9 @@ class Problem:
             labels: `(others,)`, or `(others, outputs)`.
 
         Returns:
-            `(items, d)`.
+            `(items, d)`; zero for features that are all but constant.
         """
-        here = self._x.clone().requires_grad_()
+        here = (self._z * self._scale + self._mean).requires_grad_()
         weight, offset = solution[0].clone().requires_grad_(), solution[1].clone().requires_grad_(self._bias)
         free = self._free((weight, offset))
         with torch.enable_grad():
@@ -116,7 +119,7 @@ class Problem:
             v = _solved(gradient, free, slopes)
             whole = loss - sum((one * by).sum() for one, by in zip(gradient, v, strict=True))
             (pulled,) = torch.autograd.grad(whole, here)
-        return pulled
+        return pulled * (self._scale > FLAT * self._scale.median())
 
 
 def _solved(gradient: Sequence[Tensor], free: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:

@@ -6,8 +6,9 @@ particular about the training rows. Here the rows are dealt into folds, and each
 was fitted to the others, as in stacked generalisation (Wolpert, Neural Networks 5, 1992).
 
 A row also has a say in the heads of the other folds, and when the body moves it, they follow. Where the head is fitted
-again after a step, the gradient of the pass is that of all rows' loss with heads that are fitted anew wherever the body
-goes: a row's own residual's, and its pull on the heads, by implicit differentiation (see `head_problem`).
+again after a step, the gradient of the pass is that of all rows' loss with heads that are fitted anew (at the penalty
+that they have) wherever the body goes: a row's own residual's, and its pull on the heads, by implicit differentiation
+(see `head_problem`).
 
 Both cost no forward: the heads are fitted to inputs that the first head's fit has cached.
 """
@@ -28,8 +29,8 @@ from onestep_peft.held_out import content_key
 from onestep_peft.tasks import Task
 
 PREFIX = "fold_heads."
-# Logits of some rows -> what is added to each row's loss, `(rows,)`.
-Pulling = Callable[[Tensor], Tensor]
+# (logits of some rows, their attention mask) -> what is added to each row's loss, `(rows,)`.
+Pulling = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def fold_of_each(rows: Sequence[Mapping[str, Any]], folds: int) -> Tensor:
@@ -110,10 +111,10 @@ class FoldHeads:
         """
         seen: list[tuple[Tensor, Tensor]] = []
 
-        def pulling(logits: Tensor) -> Tensor:
+        def pulling(logits: Tensor, mask: Tensor | None) -> Tensor:
             if self.pulls is None:
                 return torch.zeros(len(logits), device=logits.device)
-            x = head.items_of(*seen[-1], logits)
+            x = head.items_of(*seen[-1], logits, mask)
             return ((x - x.detach()) * self.pulls[places].to(x)).sum(-1)
 
         def instead(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -234,6 +234,7 @@ def test_heads_of_the_folds_come_from_features_of_their_parts_body(tmp_path: Pat
     # The callbacks of the trainer itself come first: by the end of the step its heads are fitted.
     trainer.train()
     assert kept and not same_bits(kept[0].weight[0::2], kept[0].weight[1::2])
+    assert kept[0].pulls is not None and kept[0].pulls.any(1).all()  # each row's, in its part
 
 
 def test_heads_of_parts_are_interleaved() -> None:

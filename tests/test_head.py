@@ -377,3 +377,26 @@ def test_items_without_a_label_do_not_pull_and_are_not_pulled_at() -> None:
     found = head.pull(x, labels, fitted, others)
     assert not found[:4].any() and relative_difference(found[4:], expected) < 1e-5
     assert not head.pull(x, labels, fitted, (others[0], torch.full_like(others[1], -100))).any()
+
+
+def test_a_feature_that_is_constant_but_for_one_row_does_not_outweigh_the_others() -> None:
+    x, labels = clusters(100, seed=0)
+    other_x, other_labels = clusters(20, seed=1)
+    plain = head.pull(x, labels, head.fit(x, labels, held_out=None, outputs=3, bias=True), (other_x, other_labels))
+    x[:, 3] = other_x[:, 3] = 0.5
+    other_x[7, 3] = 0.6
+    found = head.pull(x, labels, head.fit(x, labels, held_out=None, outputs=3, bias=True), (other_x, other_labels))
+    assert not found[:, 3].any()
+    assert float(found.abs().max()) < 10 * float(plain.abs().max())
+
+
+def test_a_token_at_the_padding_is_not_taken_for_the_rows_last_one() -> None:
+    # In 16 bits what a decoder makes of a pad may be what it makes of the last token.
+    x = torch.arange(24.0).view(2, 4, 3)
+    output = torch.tensor([[[1.0], [2.0], [2.0], [2.0]], [[2.0], [3.0], [2.0], [5.0]]])
+    logits = torch.tensor([[2.0], [2.0]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    assert head.items_of(x, output, logits, mask).tolist() == [x[0, 1].tolist(), x[1, 2].tolist()]
+    assert head.items_of(x, output, logits, None).tolist() == [x[0, 3].tolist(), x[1, 2].tolist()]
+    # Two virtual tokens before the row's own.
+    assert head.items_of(x, output, logits, mask[:, :2]).tolist() == [x[0, 3].tolist(), x[1, 2].tolist()]

@@ -142,7 +142,7 @@ def test_a_rows_pull_is_the_gradient_of_a_zero(tokens: int | None, dtype: torch.
     with heads.answering(layer, places % 2, places) as pulling:
         output = layer(x)
         logits = output if tokens is None else output[torch.arange(5), read]
-        added = pulling(logits)
+        added = pulling(logits, None)
     assert added.shape == (5,) and not added.any()
     (slope,) = torch.autograd.grad(added.sum(), x)
     there = slope if tokens is None else slope[torch.arange(5), read]
@@ -150,7 +150,7 @@ def test_a_rows_pull_is_the_gradient_of_a_zero(tokens: int | None, dtype: torch.
     assert float(slope.abs().sum()) == float(there.abs().sum())  # and nothing at the other tokens
     without = dataclasses.replace(heads, pulls=None)
     with without.answering(layer, places % 2, places) as pulling:
-        assert not pulling(layer(x)).any()
+        assert not pulling(layer(x), None).any()
 
 
 def test_an_error_takes_the_hook_away_too() -> None:
@@ -293,6 +293,21 @@ def test_a_rows_pull_is_what_it_changes_in_the_loss_of_the_rows_that_heads_have_
     by_place[places[known]] = expected[known]
     assert relative_difference(found.pulls, by_place) < 1e-3
     assert float(expected.norm()) > 0.1 and not found.pulls[places[5]].any()
+
+
+def test_rows_that_fill_up_a_batch_do_not_pull_for_the_one_they_copy(tmp_path: Path) -> None:
+    # With covariances from a sample the rows are dealt into shares, each of them filled up to whole micro-batches.
+    found = {}
+    for sample in (1500, 12):
+        options = {**WHOLE_PASS, "guard": True, "search_dataset": toy_rows(30, seed=2), "covariance_rows": sample}
+        trainer = trainer_for(tmp_path / str(sample), toy_rows(43, seed=1), **options)
+        trainer.train()
+        assert (trainer.shares > 1) == (sample == 12)
+        assert trainer._fold_heads is not None and trainer._fold_heads.pulls is not None
+        found[sample] = {name: one.gradient for name, one in trainer.one_step.statistics.items()}
+    for name, gradient in found[1500].items():
+        if float(gradient.norm()) > 1e-5:
+            assert relative_difference(found[12][name], gradient) < 1e-4, name
 
 
 def test_where_the_head_stays_through_slices_no_row_pulls_at_it(tmp_path: Path) -> None:
