@@ -48,8 +48,8 @@ class OneStepConfig(TrainingArguments):
             plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
         head_folds: The pass takes each row's residual from a head that was fitted without it: the rows are dealt into
             so many folds, and each fold's head is fitted to the others. Where the head is fitted again after the step
-            (so not in walks and slices, nor without held-out rows; and not in tasks by token), the gradient goes
-            through these fits, too: the heads follow what the step moves. 1 for the one fitted head, as it is.
+            (so not in walks and slices, nor without held-out rows; and not in tasks by token), half of the gradient
+            goes through these fits, too: the heads follow what the step moves. 1 for the one fitted head, as it is.
         body_folds: With several steps over the same rows, each row's gradient after the first step is taken at a body
             that has not moved by it: the rows are dealt into so many parts, and each part's body is moved by the
             others. Holds a copy of what moves, and of its statistics, for each part. 1 for the model itself; so it is

@@ -6,9 +6,9 @@ particular about the training rows. Here the rows are dealt into folds, and each
 was fitted to the others, as in stacked generalisation (Wolpert, Neural Networks 5, 1992).
 
 A row also has a say in the heads of the other folds, and when the body moves it, they follow. Where the head is fitted
-again after a step, the gradient of the pass is that of all rows' loss with heads that are fitted anew (at the penalty
-that they have) wherever the body goes: a row's own residual's, and its pull on the heads, by implicit differentiation
-(see `head_problem`).
+again after a step, the gradient of the pass is therefore the mean of two, of the rows' loss under heads that stay, and
+of that under heads that are fitted anew (at the penalty that they have) wherever the body goes: a row's own residual's,
+and half of its pull on the heads, by implicit differentiation (see `head_problem`).
 
 Both cost no forward: the heads are fitted to inputs that the first head's fit has cached.
 """
@@ -29,6 +29,9 @@ from onestep_peft.held_out import content_key
 from onestep_peft.tasks import Task
 
 PREFIX = "fold_heads."
+# The search looks with a head that stays, and after the step the head goes to its new fit only as far as held-out rows
+# want: so much of a row's pull counts.
+FOLLOWING = 0.5
 # (logits of some rows, their attention mask) -> what is added to each row's loss, `(rows,)`.
 Pulling = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -63,8 +66,8 @@ class FoldHeads:
     Args:
         weight: `(folds, outputs, d)`.
         bias: `(folds, outputs)`, or None.
-        pulls: How the loss of all other rows changes with what the head's last layer sees of a row, `(rows, d)`, in
-            nats; None where that is not known.
+        pulls: How the loss of all other rows changes with what the head's last layer sees of a row, as far as it
+            counts, `(rows, d)`, in nats; None where heads stay.
     """
 
     weight: Tensor
@@ -166,5 +169,5 @@ def fit(
     weight = torch.stack([one.weight for one in fitted]).float()
     by_row = None
     if pulls:  # rows without a label, which fill up a batch, stand where the last one does, and pull at nothing
-        by_row = torch.zeros(len(folds_of_rows), pulled.shape[1]).index_add_(0, places, pulled.cpu())
+        by_row = torch.zeros(len(folds_of_rows), pulled.shape[1]).index_add_(0, places, FOLLOWING * pulled.cpu())
     return FoldHeads(weight, torch.stack(biases).float() if biases else None, by_row)
