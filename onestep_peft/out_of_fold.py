@@ -160,10 +160,10 @@ def fit(
         others = of_items.ne(fold)
         if not bool(others.any()):
             return None
-        one = head.refit(found.x[others], found.labels[others], whole, task)
-        if pulls and not bool(others.all()):
-            own = found.x[~others], found.labels[~others]
-            pulled[others] += head.pull(found.x[others], found.labels[others], one, own, task)
+        theirs, own = ((found.x[some], found.labels[some]) for some in (others, ~others))
+        one = head.refit(*theirs, whole, task)
+        if pulls and len(own[0]):
+            pulled[others] += head.pull(*theirs, one, own, task)
         fitted.append(one)
     biases = [one.bias for one in fitted if one.bias is not None]
     weight = torch.stack([one.weight for one in fitted]).float()

@@ -320,11 +320,12 @@ def test_where_the_head_stays_through_slices_no_row_pulls_at_it(tmp_path: Path) 
 
 def test_tokens_have_no_pulls(tmp_path: Path) -> None:
     trainer = OneStepTrainer(
-        model=tiny_tagger(), args=config_for(tmp_path, direction="kfac", step_size=0.05, guard=False),
-        train_dataset=tagged_rows(20, 1), processing_class=word_tokenizer(),
+        model=tiny_tagger(), args=config_for(tmp_path, direction="kfac", step_size=0.05),
+        train_dataset=tagged_rows(20, 1), search_dataset=tagged_rows(20, 2), processing_class=word_tokenizer(),
     )  # fmt: skip
     assert trainer.task is TOKEN_CLASSIFICATION
     trainer.train()
+    assert trainer._head_follows  # as in a task by rows
     assert trainer._fold_heads is not None and trainer._fold_heads.pulls is None
 
 
