@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ RESULTS = Results("against_adamw")
 
 # Arms that go by the rate that AdamW is best at.
 LATE = ("fitted head", "lora_ga, 1 step", "lora_ga, 1 epoch")
+# And what goes by its best setting, from the fitted head included.
+LAST = summary.SEARCH_TOO
 
 Arm = Callable[[Setting], dict[str, Any]]
 
@@ -73,6 +76,7 @@ def arms(setting: Setting, setfit_python: Path | None = None) -> dict[str, Arm]:
         found |= prompt_arms()
     found["lora_ga, 1 step"] = lambda s: with_best_rate(s, None, lambda rate: baselines.loraga(s, rate, steps=1))
     found["lora_ga, 1 epoch"] = lambda s: with_best_rate(s, None, lambda rate: baselines.loraga(s, rate))
+    found[summary.SEARCH_TOO] = search_too
     if setfit_python is not None:
         found["setfit"] = lambda s: setfit_arm.setfit(s, setfit_python, max(epochs(s.rows)))
     return found
@@ -107,6 +111,17 @@ def with_best_rate(
     runs = {rate: counted[name]["search"] for name, rate in _at_rates(arm, numbers, rates).items() if name in counted}
     rate = max(runs, key=lambda one: (runs[one]["score"], -runs[one]["loss"]))
     return {"rate": rate, **run(rate)}
+
+
+def search_too(setting: Setting) -> dict[str, Any]:
+    """AdamW's best setting once more, from training and search rows: these have done their choosing."""
+    best = summary.best_adamw(_counted(setting).values())
+    assert best is not None
+    number = next(number for number in epochs(setting.rows) if f" {number} epochs" in best["arm"])
+    rates = _at_rates(summary.LORA_ADAMW, [number], baselines.RATES)
+    rate, fitted = (best["rate"], True) if best["arm"].endswith("fitted head") else (rates[best["arm"]], False)
+    result = baselines.adamw(replace(setting, search_too=True), rate, number, fitted)
+    return {"setting": best["arm"], "rate": rate, **result}
 
 
 def _counted(setting: Setting) -> dict[str, dict[str, Any]]:
@@ -179,12 +194,14 @@ def missing(wanted: Iterable[Setting], begins: tuple[str, ...], setfit_python: P
 
 
 def rates_known(setting: Setting, late: str) -> bool:
-    """Whether AdamW has run at all rates that this late arm chooses among."""
+    """Whether AdamW has run at all rates that this late arm chooses among, and before the last one from both heads."""
     if late.startswith(summary.PROMPT_ADAMW):
         wanted = _at_rates(summary.PROMPT_ADAMW, [PROMPT_EPOCHS], baselines.PROMPT_RATES)
     else:
         wanted = _at_rates(summary.LORA_ADAMW, epochs(setting.rows), baselines.RATES)
-    return wanted.keys() <= _counted(setting).keys()
+    known = _counted(setting)
+    heads = {f"{summary.LORA_ADAMW}, {number} epochs, fitted head" for number in epochs(setting.rows)}
+    return wanted.keys() <= known.keys() and (late != LAST or not heads.isdisjoint(known))
 
 
 def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minutes: float) -> None:
@@ -196,7 +213,7 @@ def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minut
         told = f"{setting.name} {setting.rows} seed {setting.seed}: {name}"
         if time.monotonic() > end:
             return
-        if name.endswith(LATE) and not rates_known(setting, name):
+        if name.endswith((*LATE, LAST)) and not rates_known(setting, name):
             print(f"{told} waits for all of AdamW's rates", flush=True)
             return
         try:
@@ -209,9 +226,10 @@ def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minut
             test, seconds = result["test"], result["seconds"]["total"]
             print(f"{told}: {test['score']:.3f}, log-loss {test['loss']:.3f}, {seconds:.0f} s", flush=True)
 
-    # What goes by AdamW's best rate waits for all of them.
-    first, last = ([one for one in runs if one[0].endswith(LATE) == late] for late in (False, True))
-    for some in (first, last):
+    # What goes by AdamW's best rate waits for all of them, and what goes by its best setting for that, too.
+    late = [one for one in runs if one[0].endswith(LATE)]
+    last = [one for one in runs if one[0] == LAST]
+    for some in ([one for one in runs if one not in late + last], late, last):
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(run, sorted(some, key=lambda one: -one[1].rows)))
 

@@ -46,6 +46,9 @@ class OneStepConfig(TrainingArguments):
             as fit, and always one. None for 20,000 or twice the work of the pass, whichever is more.
         fit_head: Whether to fit a freshly initialised head first. "auto": whenever there is one, except for the
             plain step (`direction="sgd"` at a fixed step size), which changes nothing but what the gradient says.
+        refit_on_held_out: Whether the held-out rows, once they have chosen everything, teach the head, too: it is
+            fitted for the last time, to all rows, as far as those held-out rows gain that such a fit leaves out (in 5
+            folds). Rows that are in `eval_dataset` stay out of it. Scores of a `search_dataset` flatter afterwards.
         head_folds: The pass takes each row's residual from a head that was fitted without it: the rows are dealt into
             so many folds, and each fold's head is fitted to the others. Where the head is fitted again after the step
             (so not in walks and slices, nor without held-out rows; and not in tasks by token), half of the gradient
@@ -91,6 +94,9 @@ class OneStepConfig(TrainingArguments):
         default=None, metadata={"help": "Forwards of rows that the search of auto may take."}
     )
     fit_head: str | bool = field(default="auto", metadata={"help": "Fit a fresh head first: auto, true or false."})
+    refit_on_held_out: bool = field(
+        default=True, metadata={"help": "Fit the head to the held-out rows, too, once they have chosen everything."}
+    )
     head_folds: int = field(
         default=5, metadata={"help": "Folds of the rows, whose residuals come from heads fitted to the others (1: no)."}
     )

@@ -23,8 +23,6 @@ ROUGH, CONVERGED = 1e-4, 1e-7
 # L-BFGS makes many small products one after the other: up to so many (items by inputs by outputs) it goes to the CPU,
 # which does not wait for launches (500 rows of MiniLM on an H200: the heads took three of a run's six seconds).
 SMALL = 1 << 24
-# Points at which held-out items are asked how far to go from one head to another, the first one left out.
-STRIDES = 20
 
 
 def fresh_modules(model: nn.Module) -> list[str]:
@@ -129,8 +127,12 @@ class Features:
     rows: Tensor
 
     def gathered(self) -> Features:
-        """Those of all processes; row numbers then say nothing."""
+        """Those of all processes; numbers of rows in a process' batches then say nothing."""
         return Features(*(processes.gathered(part) for part in (self.x, self.labels, self.rows)))
+
+    def where(self, which: Tensor) -> Features:
+        """Those of the items for which it is true, `(items,)`."""
+        return Features(self.x[which], self.labels[which], self.rows[which])
 
     @classmethod
     def joined(cls, parts: Sequence[Features]) -> Features:
@@ -258,9 +260,9 @@ def fit(
     """
     device = x.device
     where = _best_place(x, outputs)
-    x, labels = (one.to(where) for one in _labelled(x, labels, task))
+    x, labels = (one.to(where) for one in labelled(x, labels, task))
     if held_out is not None:
-        held_x, held_labels = (one.to(where) for one in _labelled(*held_out, task))
+        held_x, held_labels = (one.to(where) for one in labelled(*held_out, task))
         held_out = held_x, held_labels
     problem = Problem(x, labels, task, bias)
     solution = problem.zero(outputs)
@@ -282,7 +284,9 @@ def fit(
     return HeadFit(*problem.installed(solution), penalty, loss).to(device)
 
 
-def refit(x: Tensor, labels: Tensor, start: HeadFit, task: Task = TEXT_CLASSIFICATION) -> HeadFit:
+def refit(
+    x: Tensor, labels: Tensor, start: HeadFit, task: Task = TEXT_CLASSIFICATION, tolerance: float = CONVERGED
+) -> HeadFit:
     """The same fit to other items at a known penalty, from a known head on.
 
     To convergence: a head that knows these items by heart, and others, has hardly a gradient on them, and a rough fit
@@ -292,13 +296,14 @@ def refit(x: Tensor, labels: Tensor, start: HeadFit, task: Task = TEXT_CLASSIFIC
         x: `(items, d)`.
         labels: `(items,)`, or `(items, outputs)`.
         start: Gives the penalty, and where to begin.
+        tolerance: Largest entry of the gradient at which to stop.
     """
     device = x.device
     where = _best_place(x, len(start.weight))
-    x, labels = (one.to(where) for one in _labelled(x, labels, task))
+    x, labels = (one.to(where) for one in labelled(x, labels, task))
     problem = Problem(x, labels, task, start.bias is not None)
     start = start.to(where)
-    solution = problem.minimised(problem.standardised(start.weight, start.bias), start.penalty, CONVERGED)
+    solution = problem.minimised(problem.standardised(start.weight, start.bias), start.penalty, tolerance)
     return HeadFit(*problem.installed(solution), start.penalty, None).to(device)
 
 
@@ -318,8 +323,8 @@ def pull(
     """
     where = _best_place(x, len(fitted.weight))
     pulled = torch.zeros(x.shape, device=x.device)
-    own, known = (one.to(where) for one in _labelled(x, labels, task))
-    other_x, other_labels = (one.to(where) for one in _labelled(*others, task))
+    own, known = (one.to(where) for one in labelled(x, labels, task))
+    other_x, other_labels = (one.to(where) for one in labelled(*others, task))
     if len(other_x):
         problem, fitted = Problem(own, known, task, fitted.bias is not None), fitted.to(where)
         solution = problem.standardised(fitted.weight, fitted.bias)
@@ -328,36 +333,8 @@ def pull(
     return pulled
 
 
-@torch.no_grad()
-def between(one: HeadFit, other: HeadFit, x: Tensor, labels: Tensor, task: Task = TEXT_CLASSIFICATION) -> HeadFit:
-    """The head on the way from one to another whose loss on held-out items is the lowest; a tie goes to the first.
-
-    Along the way the loss is convex, so that the mean of two heads is never worse than both.
-
-    Args:
-        x: `(items, d)`.
-        labels: `(items,)`, or `(items, outputs)`.
-    """
-    x, labels = _labelled(x, labels, task)
-
-    def mean_loss(head: HeadFit) -> float:
-        logits = x.double() @ head.weight.double().T + (head.bias.double() if head.bias is not None else 0.0)
-        return float(task.row_losses(logits, labels).mean())
-
-    mixed = [_mixed(one, other, i / STRIDES) for i in range(STRIDES + 1)]
-    losses = [mean_loss(head) for head in mixed]
-    best = min(range(len(mixed)), key=lambda i: (losses[i], i))
-    return dataclasses.replace(mixed[best], held_out_loss=losses[best])
-
-
-def _mixed(one: HeadFit, other: HeadFit, share: float) -> HeadFit:
-    weight = torch.lerp(one.weight.double(), other.weight.double(), share)
-    if one.bias is None or other.bias is None:
-        return HeadFit(weight, None, other.penalty, None)
-    return HeadFit(weight, torch.lerp(one.bias.double(), other.bias.double(), share), other.penalty, None)
-
-
-def _labelled(x: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+def labelled(x: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """The items that have a label."""
     known = _is_labelled(labels, task)
     return x[known], labels[known]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -10,13 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from onestep_peft import head, out_of_fold
+from onestep_peft import head, last_fit, out_of_fold
+from onestep_peft.between_heads import between
 from onestep_peft.callbacks import StepProgress
 from onestep_peft.config import OneStepConfig
 from onestep_peft.gradient import not_finite
 from onestep_peft.head import HeadFit
-from onestep_peft.held_out import HeldOut, Split, batched_by_length, by_content, listed, padded, select
+from onestep_peft.held_out import (
+    HeldOut,
+    Split,
+    batched_by_length,
+    by_content,
+    content_key,
+    listed,
+    padded,
+    select,
+)
 from onestep_peft.hub.sharing import SharingTrainer
+from onestep_peft.last_fit import Known
 from onestep_peft.out_of_fold import FoldHeads, Pulling
 from onestep_peft.preparation import Adapted
 from onestep_peft.step import processes
@@ -25,6 +37,10 @@ from onestep_peft.step.snapshot import Snapshot
 
 # A head with a few hundred inputs learns nothing more from further tokens.
 TOKENS_MAX = 20_000
+
+
+# In the optimizer's groups, which Trainer's checkpoints hold: whether the head was fitted to the held-out rows, too.
+KNOWS = "knows_held_out"
 
 
 class HeadTrainer(SharingTrainer):
@@ -37,6 +53,7 @@ class HeadTrainer(SharingTrainer):
     _progress: StepProgress | None
     _fold_heads: FoldHeads | None = None
     _folds: dict[int, Tensor]
+    _fitted_to: Known | None = None
 
     @property
     def bare_model(self) -> nn.Module:
@@ -117,23 +134,29 @@ class HeadTrainer(SharingTrainer):
             named = self.named([self.pass_rows[numbers[i]] for i in bad], "train_dataset") if alone else "some rows"
             raise ValueError(not_finite(float("nan"), named))
         held: tuple[Tensor, Tensor] | None = None
-        if self.held_out is not None:
-            held_features = self.held_out.features(self.bare_model, layer).gathered()
-            held = held_features.x, held_features.labels
         everyone = found.gathered()
+        if self.held_out is not None:
+            placed = self.held_out.placed(self.held_out.features(self.bare_model, layer))
+            held = placed.x, placed.labels
         fitted = head.fit(
             everyone.x, everyone.labels, held_out=held, outputs=layer.out_features, bias=layer.bias is not None,
             task=self.task,
         )  # fmt: skip
         if install:
-            there = head.between(since, fitted, *held, self.task) if since is not None and held is not None else fitted
-            head.install(layer, there)
-            processes.broadcast(layer.parameters())
+            there = between(since, fitted, *held, self.task) if since is not None and held is not None else fitted
+            self._install(there)
         if self.held_out is not None:
+            if since is not None:
+                self._fitted_to = Known(everyone, placed, dataclasses.replace(since, penalty=fitted.penalty))
             self.held_out.settle(self.bare_model, layer)
         if self.another_pass() and cast(OneStepConfig, self.args).head_folds > 1:
             apart = self.one_step.bodies.apart
             self._fold_heads = self._heads_at_bodies(numbers, fitted) if apart else self._heads(found, numbers, fitted)
+
+    def _install(self, fitted: HeadFit) -> None:
+        layer = self.head_layer()
+        head.install(layer, fitted)
+        processes.broadcast(layer.parameters())
 
     def _features(self, numbers: Sequence[int]) -> head.Features:
         """What the head's last layer sees of rows at these places of the pass, as far as this process has them."""
@@ -231,6 +254,14 @@ class HeadTrainer(SharingTrainer):
         if self.fits_head() and cast(OneStepConfig, self.args).head_folds > 1:
             self.fit_head(install=False)
 
+    def follow(self, outcome: StepOutcome) -> None:
+        """After a step: fits the head once more, or where no rows are held out to say how far, those of the folds."""
+        with self.clock("head"):
+            if self.held_out is not None:
+                self.refit_head(outcome)
+            elif self.another_pass():
+                self.refit_fold_heads()
+
     def refit_head(self, outcome: StepOutcome) -> None:
         """Fits the head once more, to the features that the step has moved.
 
@@ -251,6 +282,42 @@ class HeadTrainer(SharingTrainer):
             before.restore()
         elif outcome.accepted:
             outcome.loss_after = loss
+
+    def take_up_head(self) -> None:
+        """What a Trainer's checkpoint lacks: the heads of the folds, and a head that the search can look with."""
+        known = [group for group in self.one_step.param_groups if group.get(KNOWS)]
+        if known and self.another_pass():
+            self.fit_head()
+            for group in known:
+                group[KNOWS] = False
+        else:
+            self.refit_fold_heads()
+
+    def finish_head(self) -> None:
+        """After the last step: fits the head to the held-out rows, too, as far as such of them gain as it leaves out.
+
+        Rows that stand in the evaluation set stay out of it. Where there is no such set the held-out rows are scored,
+        and so they are before.
+        """
+        known, self._fitted_to = self._fitted_to, None
+        accepted = [outcome for outcome in self.one_step.outcomes if outcome.accepted]
+        if known is None or not accepted or not cast(OneStepConfig, self.args).refit_on_held_out:
+            return
+        if not self.evaluation_sets:
+            self.measure("after")
+        with self.clock("head"):
+            rows = listed(self.held_rows)
+            rows = [rows[i] for i in by_content(rows)]
+            scored = {content_key(row) for some in self.evaluation_sets.values() for row in listed(some)}
+            free = torch.tensor([content_key(row) not in scored for row in rows])
+            known = known.among(free)
+            if len(known.held.x):
+                folds = out_of_fold.fold_of_each(rows, last_fit.FOLDS)
+                fitted, loss = last_fit.fit(known, folds, self.task)
+                self._install(fitted)
+                for group in self.one_step.param_groups:
+                    group[KNOWS] = True
+                accepted[-1].last_fit = {"rows": int(free.sum()), "loss": loss}
 
     def show_point(self, direction: str, step_size: float, loss: float) -> None:
         """Tells of a point that a search has looked at."""

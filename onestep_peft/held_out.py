@@ -149,6 +149,13 @@ class HeldOut:
         assert known.features is not None
         return known.features
 
+    def placed(self, found: Features) -> Features:
+        """All processes' features of rows that `features` gave, an item's row told by its place in content order."""
+        pairs = zip(self._positions, self.batches, strict=True)
+        places = [nn.functional.pad(own, (0, len(batch["labels"]) - len(own)), value=-1) for own, batch in pairs]
+        everyone = replace(found, rows=torch.cat(places).to(found.rows.device)[found.rows]).gathered()
+        return everyone.where(everyone.rows >= 0)  # none of what fills up a batch
+
     def _seen_before(self, model: nn.Module, layer: nn.Linear) -> _Known | None:
         """What is known where the loss was the lowest, if the model is there again."""
         there = self._best is not None and torch.equal(self._best[0], _values(model))

@@ -54,6 +54,14 @@ class ResumableTrainer(ExactGradientTrainer):
     _terminated = False
     _in_pass = False
 
+    @property
+    def evaluation_sets(self) -> dict[str, Any]:
+        """The evaluation rows by their set's name; a lone set has an empty one."""
+        sets = self.eval_dataset
+        if sets is None:
+            return {}
+        return dict(sets) if isinstance(sets, Mapping) else {"": sets}
+
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that a run may change."""
         raise NotImplementedError
@@ -227,8 +235,7 @@ class ResumableTrainer(ExactGradientTrainer):
             **self.settings_of_the_run(),
         }
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for rows in (self.train_dataset, self.held_rows, *sets.values()):
+        for rows in (self.train_dataset, self.held_rows, *self.evaluation_sets.values()):
             for row in listed(rows) if rows is not None else ():
                 digest.update(content_key(row))
             digest.update(b";")

@@ -47,8 +47,10 @@ class StepReport:
         steps: One entry a step: "direction", "step_size", "candidates" (each with the points [step size, loss] that
             the search saw), "loss_before", "loss_after" (means over held-out rows, nats), "accepted", "reason",
             "share_moved" (the update's norm by that of the weights), "energy_lost" (share of the update's squared norm
-            that the adapter's rank could not hold) and "head_refitted" (whether the head was fitted again after the
-            step, since held-out rows gained by it).
+            that the adapter's rank could not hold), "head_refitted" (whether the head was fitted again after the
+            step, since held-out rows gained by it) and "last_fit" (of the last step, where the head was fitted to the
+            held-out rows in the end: their number, "rows", and their mean "loss", each under a head that leaves it
+            out; else None).
         datasets: Ids on the Hub by what their rows did: "train", "search", "evaluation". Rows do not say where they
             come from: the command fills this in; in Python, set it before `save_model`.
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted, a walk's to its first slice; None where it
@@ -137,6 +139,8 @@ class StepReport:
             before, after = step["loss_before"], step["loss_after"]
             fall = "" if before is None or math.isnan(before) else f", held-out loss {before:.4f} → {after:.4f}"
             fall += " with the head fitted again" if step.get("head_refitted") else ""
+            if last := step.get("last_fit"):
+                fall += f", then to the held-out rows, too ({last['loss']:.4f} where left out)"
             lines.append(
                 f"step {number}: {step['direction']}, step size {step['step_size']:.4g}{fall}; {step['reason']}"
             )
@@ -250,6 +254,7 @@ def step_record(outcome: StepOutcome) -> dict[str, Any]:
         "share_moved": outcome.share_moved,
         "parts": [{"part": name, "points": [list(point) for point in result.points]} for name, result in outcome.parts],
         "head_refitted": outcome.head_refitted,
+        "last_fit": outcome.last_fit,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -83,11 +83,11 @@ class ScoringTrainer(ResumableTrainer):
         self.seconds[part] += time.perf_counter() - began
 
     def measure(self, stage: str) -> None:
-        """Scores the evaluation rows at this stage of the run; where there are none, the held-out rows."""
-        rows: Any = self.eval_dataset if self.eval_dataset is not None else self.held_rows
-        if rows is None:
+        """Scores the evaluation rows at this stage of the run, once; where there are none, the held-out rows."""
+        sets = self.evaluation_sets or ({} if self.held_rows is None else {"": self.held_rows})
+        if not sets or self.report.metrics[stage] is not None:
             return
-        self.report.scored_on = "eval_dataset" if self.eval_dataset is not None else HELD_OUT
+        self.report.scored_on = "eval_dataset" if self.evaluation_sets else HELD_OUT
         with self.clock("evaluation"):
             before = self.report.metrics["head"] or self.report.metrics["base"]  # neither in a resumed run
             if stage == "after" and before and not any(outcome.accepted for outcome in self.one_step.outcomes):
@@ -96,7 +96,6 @@ class ScoringTrainer(ResumableTrainer):
                 if before_recall := recall.get("head") or recall.get("base"):
                     recall["after"] = before_recall
             else:
-                sets = rows if isinstance(rows, Mapping) else {"": rows}
                 scores: dict[str, float] = {}
                 tally = Tally()
                 for name, some in sets.items():

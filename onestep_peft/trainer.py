@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -184,7 +184,6 @@ class OneStepTrainer(SavingTrainer):
 
     def plan(self) -> Plan:
         """What `train` would do and cost. The model is not called, and nothing is changed or written."""
-        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset or ()]
         wanted = self._method.auto if self._config.directions == (AUTO,) else self.directions
         return make_plan(
             self.bare_model,
@@ -195,7 +194,7 @@ class OneStepTrainer(SavingTrainer):
             rank=self._rank,
             layers=self.layers(),
             head=self.head_layer() if self.fits_head() else None,
-            rows={**self._row_counts(), "evaluation": sum(map(len, sets))},
+            rows={**self._row_counts(), "evaluation": sum(map(len, self.evaluation_sets.values()))},
             parts=self.parts,
             by_token=self.task.by_token,
         )
@@ -212,7 +211,8 @@ class OneStepTrainer(SavingTrainer):
         """
         self.check_free(Path(self._config.output_dir or "."))
         self.report = StepReport()
-        self.optimizer, self._head_done, self._fold_heads, self._folds = None, False, None, {}
+        self.optimizer, self._head_done = None, False
+        self._fold_heads, self._folds, self._fitted_to = None, {}, None
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
         self._before: Snapshot | None = None
@@ -250,7 +250,7 @@ class OneStepTrainer(SavingTrainer):
         self.one_step.walk.check(self.slices)
         if self.state.global_step > 0:  # from Trainer's checkpoint, which has the head, but not those of the folds
             self.one_step.done = self.state.global_step
-            self.refit_fold_heads()
+            self.take_up_head()
             return
         self.measure("base")
         if self.fits_head():
@@ -267,12 +267,11 @@ class OneStepTrainer(SavingTrainer):
         # Small steps follow a searched one that was accepted, be it before a checkpoint.
         moved = bool(accepted) or any(one.direction == WALK for one in steps)
         if (moved or (steps and self._config.walks)) and self.fits_head():
-            with self.clock("head"):
-                if self.held_out is not None:
-                    self.refit_head((accepted or steps)[-1])
-                elif self.another_pass():
-                    self.refit_fold_heads()
-        return bool(steps) and (not moved or self.reached_target())
+            self.follow((accepted or steps)[-1])
+        ends = bool(steps) and (not moved or self.reached_target())
+        if ends or not self.another_pass():
+            self.finish_head()
+        return ends
 
     # The step
 

@@ -231,8 +231,9 @@ def test_the_head_goes_as_far_to_its_new_fit_as_helps_held_out_rows(tmp_path: Pa
 
     torch.manual_seed(0)
     trainer = trainer_for(
-        tmp_path, toy_rows(60, seed=1), search_dataset=toy_rows(60, seed=3), head_folds=1, callbacks=[Watch()]
-    )
+        tmp_path, toy_rows(60, seed=1), search_dataset=toy_rows(60, seed=3), head_folds=1, refit_on_held_out=False,
+        callbacks=[Watch()],
+    )  # fmt: skip
     trainer.train()
     assert trainer.report.steps[0]["accepted"] and trainer.report.steps[0]["head_refitted"]
     layer = trainer.head_layer()

@@ -89,13 +89,17 @@ def test_the_table_has_a_line_for_each_stage(learnt: OneStepTrainer) -> None:
     assert learnt.report.steps[0]["direction"] in learnt.report.summary()
 
 
-def test_the_losses_in_the_report_are_those_of_the_held_out_rows(learnt: OneStepTrainer) -> None:
+def test_the_losses_in_the_report_are_those_of_the_held_out_rows(learnt: OneStepTrainer, tmp_path: Path) -> None:
     data = tokenised(TRAIN).to_list()
     kept, held = carve(data, 0.2, 512)
     assert learnt.report.rows == {"gradient": len(kept), "search": len(held), "guard": len(held)}
+    # Before the head is fitted to them, too.
+    trainer = trainer_for(tmp_path, TRAIN, search_fraction=0.2, refit_on_held_out=False)
+    trainer.train()
     rows = [TRAIN[i] for i in held]
-    loss = nn.functional.cross_entropy(logits_one_by_one(learnt.model, rows), labels_of(rows))
-    assert learnt.report.steps[0]["loss_after"] == pytest.approx(float(loss), rel=1e-4)
+    loss = nn.functional.cross_entropy(logits_one_by_one(trainer.model, rows), labels_of(rows))
+    assert trainer.report.steps[0]["loss_after"] == pytest.approx(float(loss), rel=1e-4)
+    assert learnt.report.steps[0]["loss_after"] == pytest.approx(trainer.report.steps[0]["loss_after"], rel=1e-6)
 
 
 def test_evaluate_and_predict_are_trainers(learnt: OneStepTrainer) -> None:

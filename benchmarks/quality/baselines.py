@@ -6,6 +6,7 @@ import contextlib
 import io
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,7 +129,10 @@ def tokenised(rows: list[dict[str, Any]], tokenizer: Any) -> Dataset:
 
 
 def fit_head(setting: Setting, model: Any, tokenizer: Any) -> None:
-    """The head that one step begins from: logistic regression on the frozen encoder."""
+    """The head that one step begins from: logistic regression on the frozen encoder.
+
+    Where the search rows are training rows, too, they have chosen its penalty before.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as Trainer chooses it
     model.to(device)
     layer = head.active(model, "classifier")
@@ -142,6 +146,9 @@ def fit_head(setting: Setting, model: Any, tokenizer: Any) -> None:
         )
         return head.features(model, layer, batches)
 
-    train, held = found(setting.train()), found(setting.search())
+    train, held = found(replace(setting, search_too=False).train()), found(setting.search())
     fitted = head.fit(train.x, train.labels, held_out=(held.x, held.labels), outputs=layer.out_features, bias=True)
+    if setting.search_too:
+        everyone = head.Features.joined([train, held])
+        fitted = head.refit(everyone.x, everyone.labels, fitted)
     head.install(layer, fitted)

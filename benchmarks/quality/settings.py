@@ -30,12 +30,14 @@ class Setting:
         name: The set's.
         rows: Number of training rows; fewer where the set has fewer.
         seed: Draws the training rows, the fresh head and the adapter.
+        search_too: Whether the search rows are training rows, too.
     """
 
     data: Path
     name: str
     rows: int
     seed: int
+    search_too: bool = False
 
     @property
     def key(self) -> dict[str, Any]:
@@ -43,7 +45,8 @@ class Setting:
 
     def train(self) -> list[dict[str, Any]]:
         rows = self._split("train")
-        return random.Random(self.seed).sample(rows, min(self.rows, len(rows)))
+        drawn = random.Random(self.seed).sample(rows, min(self.rows, len(rows)))
+        return drawn + self.search() if self.search_too else drawn
 
     def search(self) -> list[dict[str, Any]]:
         return self._split("validation")[:SEARCH_ROWS]

@@ -20,7 +20,9 @@ Row = dict[str, Any]
 # How the names of AdamW's runs begin.
 LORA_ADAMW, PROMPT_ADAMW = "adamw", "prompt adamw"
 OURS = ("one step, lora", "one step, full", "three steps, lora", "three steps, full", "one step of all rows, lora")
-OTHERS = ("lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit")
+# AdamW's best setting once more, with the search rows among the training rows.
+SEARCH_TOO = "tuned adamw, search rows too"
+OTHERS = (SEARCH_TOO, "lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit")
 OUR_PROMPTS = ("one step, prompt", "three steps, prompt")
 ADAMW, ADAMW_ON_A_PROMPT = "AdamW, tuned", "AdamW on a prompt, tuned"
 # So many runs from a random head: two numbers of epochs for a LoRA, one for a prompt.

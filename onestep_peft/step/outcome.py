@@ -50,7 +50,8 @@ class StepOutcome:
     """What one step did. Losses are means over rows in nats, NaN where no held-out rows were at hand.
 
     `step_size` and `candidates` speak of the first part of what moves, `parts` of the searches for the others. `reach`
-    has, by part, the step size in units of the first one tried.
+    has, by part, the step size in units of the first one tried. `last_fit` has, of the head's fit to held-out rows,
+    their number ("rows") and their mean "loss" under heads that leave them out.
     """
 
     direction: str
@@ -64,6 +65,7 @@ class StepOutcome:
     share_moved: float = 0.0
     parts: list[tuple[str, SearchResult]] = field(default_factory=list)
     head_refitted: bool = False
+    last_fit: dict[str, float] | None = None
     reach: dict[str, float] = field(default_factory=dict)
 
 
