@@ -32,15 +32,16 @@ from onestep_peft.last_fit import Known
 from onestep_peft.out_of_fold import FoldHeads, Pulling
 from onestep_peft.preparation import Adapted
 from onestep_peft.step import processes
-from onestep_peft.step.outcome import StepOutcome
+from onestep_peft.step.outcome import WALK, StepOutcome
 from onestep_peft.step.snapshot import Snapshot
 
 # A head with a few hundred inputs learns nothing more from further tokens.
 TOKENS_MAX = 20_000
 
 
-# In the optimizer's groups, which Trainer's checkpoints hold: whether the head was fitted to the held-out rows, too.
-KNOWS = "knows_held_out"
+# In the optimizer's state, which Trainer's checkpoints hold: the head that was there before it was last fitted again,
+# and the one that the held-out rows chose before they taught it, too.
+BEFORE, CHOSEN = "head_before", "head_chosen"
 
 
 class HeadTrainer(SharingTrainer):
@@ -146,8 +147,8 @@ class HeadTrainer(SharingTrainer):
             there = between(since, fitted, *held, self.task) if since is not None and held is not None else fitted
             self._install(there)
         if self.held_out is not None:
-            if since is not None:
-                self._fitted_to = Known(everyone, placed, dataclasses.replace(since, penalty=fitted.penalty))
+            if before := self._noted(BEFORE):
+                self._fitted_to = Known(everyone, placed, dataclasses.replace(before, penalty=fitted.penalty))
             self.held_out.settle(self.bare_model, layer)
         if self.another_pass() and cast(OneStepConfig, self.args).head_folds > 1:
             apart = self.one_step.bodies.apart
@@ -157,6 +158,17 @@ class HeadTrainer(SharingTrainer):
         layer = self.head_layer()
         head.install(layer, fitted)
         processes.broadcast(layer.parameters())
+
+    def _note(self, key: str, fitted: HeadFit) -> None:
+        layer = self.head_layer()
+        for parameter, value in ((layer.weight, fitted.weight), (layer.bias, fitted.bias)):
+            if value is not None:
+                self.one_step.state[parameter][key] = value
+
+    def _noted(self, key: str) -> HeadFit | None:
+        layer = self.head_layer()
+        weight, bias = (self.one_step.state.get(one, {}).get(key) for one in (layer.weight, layer.bias))
+        return None if weight is None else HeadFit(weight, bias, 0.0, None)
 
     def _features(self, numbers: Sequence[int]) -> head.Features:
         """What the head's last layer sees of rows at these places of the pass, as far as this process has them."""
@@ -217,12 +229,17 @@ class HeadTrainer(SharingTrainer):
         return self._fold_heads.answering(self.head_layer(), folds[there], there)
 
     def fixed_in_the_pass(self) -> dict[str, Tensor]:
-        """The heads of the folds."""
-        return {} if self._fold_heads is None else self._fold_heads.tensors()
+        """The heads of the folds, and the head before."""
+        before = self._noted(BEFORE) if self.fits_head() else None
+        noted = {} if before is None else {"weight": before.weight, "bias": before.bias}
+        named = {f"{BEFORE}.{name}": value for name, value in noted.items() if value is not None}
+        return named | ({} if self._fold_heads is None else self._fold_heads.tensors())
 
     def take_up_fixed(self, named: Mapping[str, Tensor]) -> None:
-        """The heads of the folds, where there were any."""
+        """The heads of the folds, where there were any, and the head before."""
         self._fold_heads = FoldHeads.among(named)
+        if (weight := named.get(f"{BEFORE}.weight")) is not None:
+            self._note(BEFORE, HeadFit(weight, named.get(f"{BEFORE}.bias"), 0.0, None))
 
     def _head_rows(self, lead: bool) -> list[int]:
         """Places in the pass of the rows that the head is fitted to: all, unless they have too many tokens.
@@ -270,9 +287,11 @@ class HeadTrainer(SharingTrainer):
         which takes the place of the first slice's.
         """
         layer = self.head_layer()
-        before = Snapshot(layer.parameters())
+        before, since = Snapshot(layer.parameters()), head.current(layer)
+        if outcome.accepted or outcome.direction == WALK:  # small steps follow one that was accepted
+            self._note(BEFORE, since)
         try:
-            self.fit_head(since=head.current(layer))
+            self.fit_head(since=since)
             loss = float(self.held_out_losses().mean())
         except BaseException:  # out of memory, say, and Trainer goes on with smaller batches
             before.restore()
@@ -284,40 +303,47 @@ class HeadTrainer(SharingTrainer):
             outcome.loss_after = loss
 
     def take_up_head(self) -> None:
-        """What a Trainer's checkpoint lacks: the heads of the folds, and a head that the search can look with."""
-        known = [group for group in self.one_step.param_groups if group.get(KNOWS)]
-        if known and self.another_pass():
-            self.fit_head()
-            for group in known:
-                group[KNOWS] = False
-        else:
-            self.refit_fold_heads()
+        """From a Trainer's checkpoint: the heads of the folds, and for more steps the head that was there without the
+        held-out rows.
+        """
+        if self.fits_head() and self.another_pass() and (chosen := self._noted(CHOSEN)):
+            self._install(chosen)
+            for state in self.one_step.state.values():
+                state.pop(CHOSEN, None)
+        self.refit_fold_heads()
 
     def finish_head(self) -> None:
         """After the last step: fits the head to the held-out rows, too, as far as such of them gain as it leaves out.
 
-        Rows that stand in the evaluation set stay out of it. Where there is no such set the held-out rows are scored,
-        and so they are before.
+        Where there is no evaluation set the held-out rows are scored, and so they are before.
         """
-        known, self._fitted_to = self._fitted_to, None
-        accepted = [outcome for outcome in self.one_step.outcomes if outcome.accepted]
-        if known is None or not accepted or not cast(OneStepConfig, self.args).refit_on_held_out:
+        wanted = self.fits_head() and cast(OneStepConfig, self.args).refit_on_held_out
+        if not wanted or self.held_out is None or self._noted(BEFORE) is None:
             return
         if not self.evaluation_sets:
             self.measure("after")
         with self.clock("head"):
-            rows = listed(self.held_rows)
-            rows = [rows[i] for i in by_content(rows)]
-            scored = {content_key(row) for some in self.evaluation_sets.values() for row in listed(some)}
-            free = torch.tensor([content_key(row) not in scored for row in rows])
-            known = known.among(free)
-            if len(known.held.x):
-                folds = out_of_fold.fold_of_each(rows, last_fit.FOLDS)
-                fitted, loss = last_fit.fit(known, folds, self.task)
-                self._install(fitted)
-                for group in self.one_step.param_groups:
-                    group[KNOWS] = True
-                accepted[-1].last_fit = {"rows": int(free.sum()), "loss": loss}
+            if self._fitted_to is None:  # in a run that was cut short, and whose last step was refused
+                self.fit_head(install=False)
+            known, self._fitted_to = self._fitted_to, None
+            assert known is not None
+            self._fit_to_held_out(known)
+
+    def _fit_to_held_out(self, known: Known) -> None:
+        """Those that stand in the evaluation set stay out of it."""
+        rows = listed(self.held_rows)
+        rows = [rows[i] for i in by_content(rows)]
+        scored = {content_key(row) for some in self.evaluation_sets.values() for row in listed(some)}
+        free = torch.tensor([content_key(row) not in scored for row in rows])
+        known = known.among(free)
+        if len(known.held.x) == 0:
+            return
+        fitted, loss = last_fit.fit(known, out_of_fold.fold_of_each(rows, last_fit.FOLDS), self.task)
+        self._note(CHOSEN, head.current(self.head_layer()))
+        self._install(fitted)
+        outcomes = self.one_step.outcomes
+        last = next((one for one in reversed(outcomes) if one.accepted), outcomes[-1])
+        last.last_fit = {"rows": int(free.sum()), "loss": loss}
 
     def show_point(self, direction: str, step_size: float, loss: float) -> None:
         """Tells of a point that a search has looked at."""
