@@ -112,12 +112,16 @@ def comparisons(rows: Sequence[Row]) -> dict[tuple[str, int], list[Comparison]]:
     return found
 
 
-def pooled_gap(arm: str, all_of_them: Iterable[Comparison]) -> tuple[float, int] | None:
-    """Σ(arm − head) / Σ(AdamW − head) over comparisons whose gap tells, and their number."""
+def pooled_gap(arm: str, all_of_them: Iterable[Comparison], than: str = ADAMW) -> tuple[float, int] | None:
+    """Σ(arm − head) / Σ(AdamW − head) over comparisons whose gap tells, and their number.
+
+    Args:
+        than: Which AdamW; comparisons tell by the tuned one in any case.
+    """
     pairs = [
-        (test["score"] - one.head["score"], one.best["test"]["score"] - one.head["score"])
+        (test["score"] - one.head["score"], best["score"] - one.head["score"])
         for one in all_of_them
-        if one.tells and one.head and one.best and (test := one.test(arm)) is not None
+        if one.tells and one.head and (test := one.test(arm)) is not None and (best := one.test(than)) is not None
     ]
     total = sum(gap for _, gap in pairs)
     return (sum(gain for gain, _ in pairs) / total, len(pairs)) if total > 0 else None
@@ -163,8 +167,9 @@ def table(rows: Sequence[Row]) -> str:
     for number in sorted({number for _, number in found}):
         each = [one for (_, rows_), seeds in found.items() if rows_ == number for one in seeds]
         for arm in OURS:
-            if gap := pooled_gap(arm, each):
-                lines.append(f"| all, {number} | {arm} | | | | **{gap[0]:.2f}** ({gap[1]}) |")
+            for than, told in ((ADAMW, arm), (SEARCH_TOO, f"{arm}, against {SEARCH_TOO}")):
+                if gap := pooled_gap(arm, each, than):
+                    lines.append(f"| all, {number} | {told} | | | | **{gap[0]:.2f}** ({gap[1]}) |")
     return "\n".join(lines)
 
 
