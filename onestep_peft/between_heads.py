@@ -23,7 +23,7 @@ def between(one: HeadFit, other: HeadFit, x: Tensor, labels: Tensor, task: Task 
         labels: `(items,)`, or `(items, outputs)`.
     """
     sums, items = losses_between(one, other, x, labels, task)
-    best = int(sums.argmin())
+    best = lowest(sums)
     return replace(mixed(one, other, best), held_out_loss=float(sums[best]) / items)
 
 
@@ -47,6 +47,11 @@ def losses_between(one: HeadFit, other: HeadFit, x: Tensor, labels: Tensor, task
         return float(task.row_losses(logits, labels).sum())
 
     return torch.tensor([loss(mixed(one, other, i)) for i in range(STRIDES + 1)], dtype=torch.float64), len(x)
+
+
+def lowest(losses: Tensor) -> int:
+    """After how many strides the loss is the lowest; the first of equal ones, and none that is not finite."""
+    return int(losses.nan_to_num(nan=torch.inf).argmin())
 
 
 def mixed(one: HeadFit, other: HeadFit, strides: int) -> HeadFit:

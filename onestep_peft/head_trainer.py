@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -39,9 +41,14 @@ from onestep_peft.step.snapshot import Snapshot
 TOKENS_MAX = 20_000
 
 
-# In the optimizer's state, which Trainer's checkpoints hold: the head that was there before it was last fitted again,
-# and the one that the held-out rows chose before they taught it, too.
+# What Trainer's checkpoints and a saved pass hold of the head: as it was before it was last fitted again, and as the
+# held-out rows chose it before they taught it, too.
 BEFORE, CHOSEN = "head_before", "head_chosen"
+
+
+def _read_of(row: Mapping[str, Any]) -> bytes:
+    """A key of what a model reads of a row: without its padding, labels and other columns."""
+    return content_key({"input_ids": out_of_fold.without_padding(row)["input_ids"]} if "input_ids" in row else row)
 
 
 class HeadTrainer(SharingTrainer):
@@ -54,6 +61,7 @@ class HeadTrainer(SharingTrainer):
     _progress: StepProgress | None
     _fold_heads: FoldHeads | None = None
     _folds: dict[int, Tensor]
+    _kept_heads: dict[str, Tensor]
     _fitted_to: Known | None = None
 
     @property
@@ -114,7 +122,7 @@ class HeadTrainer(SharingTrainer):
         """Whether a step is still to come."""
         return self.state.global_step < self.state.max_steps
 
-    def fit_head(self, *, install: bool = True, since: HeadFit | None = None) -> None:
+    def fit_head(self, *, install: bool = True, since: HeadFit | None = None) -> Known | None:
         """Fits the head to the rows of the pass (of a walk, of its first slice; or a sample of tokens) and installs it.
 
         The next pass, if there is one, takes its residuals from heads that are fitted to all folds of the rows but one.
@@ -123,6 +131,9 @@ class HeadTrainer(SharingTrainer):
             install: False for the heads of the folds alone.
             since: The head that was there before: held-out rows choose how far to go from it to the new one. None for
                 all the way.
+
+        Returns:
+            What the last fit goes by, where rows are held out and the head was fitted again.
 
         Raises:
             ValueError: A feature that is not finite, with the rows it comes from.
@@ -147,28 +158,30 @@ class HeadTrainer(SharingTrainer):
             there = between(since, fitted, *held, self.task) if since is not None and held is not None else fitted
             self._install(there)
         if self.held_out is not None:
-            if before := self._noted(BEFORE):
-                self._fitted_to = Known(everyone, placed, dataclasses.replace(before, penalty=fitted.penalty))
             self.held_out.settle(self.bare_model, layer)
         if self.another_pass() and cast(OneStepConfig, self.args).head_folds > 1:
             apart = self.one_step.bodies.apart
             self._fold_heads = self._heads_at_bodies(numbers, fitted) if apart else self._heads(found, numbers, fitted)
+        before = self._noted(BEFORE) if self.held_out is not None else None
+        if before is None:
+            return None
+        return Known(everyone, placed, dataclasses.replace(before, penalty=fitted.penalty))
 
     def _install(self, fitted: HeadFit) -> None:
         layer = self.head_layer()
         head.install(layer, fitted)
         processes.broadcast(layer.parameters())
 
-    def _note(self, key: str, fitted: HeadFit) -> None:
-        layer = self.head_layer()
-        for parameter, value in ((layer.weight, fitted.weight), (layer.bias, fitted.bias)):
-            if value is not None:
-                self.one_step.state[parameter][key] = value
+    def _note(self, key: str, fitted: HeadFit | None) -> None:
+        """Keeps a head for whoever goes on from a checkpoint; None forgets it."""
+        parts = {"weight": fitted.weight, "bias": fitted.bias} if fitted is not None else {}
+        others = {name: value for name, value in self._kept_heads.items() if not name.startswith(f"{key}.")}
+        self._kept_heads = others | {f"{key}.{name}": value for name, value in parts.items() if value is not None}
+        self.one_step.kept = self._kept_heads
 
     def _noted(self, key: str) -> HeadFit | None:
-        layer = self.head_layer()
-        weight, bias = (self.one_step.state.get(one, {}).get(key) for one in (layer.weight, layer.bias))
-        return None if weight is None else HeadFit(weight, bias, 0.0, None)
+        weight, bias = (self._kept_heads.get(f"{key}.{name}") for name in ("weight", "bias"))
+        return None if weight is None else HeadFit(weight, bias, 0.0, None).to(self.args.device)
 
     def _features(self, numbers: Sequence[int]) -> head.Features:
         """What the head's last layer sees of rows at these places of the pass, as far as this process has them."""
@@ -230,10 +243,8 @@ class HeadTrainer(SharingTrainer):
 
     def fixed_in_the_pass(self) -> dict[str, Tensor]:
         """The heads of the folds, and the head before."""
-        before = self._noted(BEFORE) if self.fits_head() else None
-        noted = {} if before is None else {"weight": before.weight, "bias": before.bias}
-        named = {f"{BEFORE}.{name}": value for name, value in noted.items() if value is not None}
-        return named | ({} if self._fold_heads is None else self._fold_heads.tensors())
+        before = {name: value for name, value in self._kept_heads.items() if name.startswith(BEFORE)}
+        return before | ({} if self._fold_heads is None else self._fold_heads.tensors())
 
     def take_up_fixed(self, named: Mapping[str, Tensor]) -> None:
         """The heads of the folds, where there were any, and the head before."""
@@ -290,27 +301,45 @@ class HeadTrainer(SharingTrainer):
         before, since = Snapshot(layer.parameters()), head.current(layer)
         if outcome.accepted or outcome.direction == WALK:  # small steps follow one that was accepted
             self._note(BEFORE, since)
+            self._fitted_to = None
         try:
-            self.fit_head(since=since)
+            known = self.fit_head(since=since)
             loss = float(self.held_out_losses().mean())
         except BaseException:  # out of memory, say, and Trainer goes on with smaller batches
             before.restore()
             raise
+        # It may be large, and is not kept through another pass.
+        self._fitted_to = (
+            known if cast(OneStepConfig, self.args).refit_on_held_out and not self.another_pass() else None
+        )
         outcome.head_refitted = loss < (outcome.loss_after if outcome.accepted else outcome.loss_before)
         if not outcome.head_refitted:
             before.restore()
         elif outcome.accepted:
             outcome.loss_after = loss
 
-    def take_up_head(self) -> None:
-        """From a Trainer's checkpoint: the heads of the folds, and for more steps the head that was there without the
-        held-out rows.
-        """
-        if self.fits_head() and self.another_pass() and (chosen := self._noted(CHOSEN)):
-            self._install(chosen)
-            for state in self.one_step.state.values():
-                state.pop(CHOSEN, None)
+    def take_up_heads(self) -> HeadFit | None:
+        """What a Trainer's checkpoint has kept of the head: what is to be used again, and the one that was chosen."""
+        self._kept_heads = dict(self.one_step.kept)
+        chosen = self._noted(CHOSEN)
+        if self.another_pass():
+            self._note(CHOSEN, None)
+        return chosen
+
+    def take_up_head(self, chosen: HeadFit | None) -> None:
+        """From a Trainer's checkpoint: the heads of the folds, and for more steps a head without the held-out rows."""
+        if self.fits_head() and self.another_pass() and self.held_out is not None and not self.one_step.walk.under_way:
+            if chosen is not None:
+                self._install(chosen)
+            elif self._noted(BEFORE) is None:  # without the optimizer's state nobody knows what the head has seen
+                self.fit_head()
+                return
         self.refit_fold_heads()
+
+    def measure(self, stage: str) -> None:
+        """As before; but held-out rows are not scored by a head that knows them."""
+        if self.evaluation_sets or self._noted(CHOSEN) is None:
+            super().measure(stage)
 
     def finish_head(self) -> None:
         """After the last step: fits the head to the held-out rows, too, as far as such of them gain as it leaves out.
@@ -318,32 +347,34 @@ class HeadTrainer(SharingTrainer):
         Where there is no evaluation set the held-out rows are scored, and so they are before.
         """
         wanted = self.fits_head() and cast(OneStepConfig, self.args).refit_on_held_out
-        if not wanted or self.held_out is None or self._noted(BEFORE) is None:
-            return
-        if not self.evaluation_sets:
-            self.measure("after")
-        with self.clock("head"):
-            if self._fitted_to is None:  # in a run that was cut short, and whose last step was refused
-                self.fit_head(install=False)
-            known, self._fitted_to = self._fitted_to, None
-            assert known is not None
-            self._fit_to_held_out(known)
+        if wanted and self.held_out is not None and self._noted(BEFORE) is not None:
+            if not self.evaluation_sets:
+                self.measure("after")
+            with self.clock("head"):
+                try:
+                    self._fit_to_held_out()
+                except Exception as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    # Smaller batches would not help, and the step is made.
+                    warnings.warn(f"The head is not fitted to the held-out rows: {error}", stacklevel=2)
+        self._fitted_to = None
 
-    def _fit_to_held_out(self, known: Known) -> None:
-        """Those that stand in the evaluation set stay out of it."""
+    def _fit_to_held_out(self) -> None:
+        """To those that are not evaluated."""
+        known = self._fitted_to or self.fit_head(install=False)  # anew where the run ends before its last pass
+        assert known is not None
         rows = listed(self.held_rows)
         rows = [rows[i] for i in by_content(rows)]
-        scored = {content_key(row) for some in self.evaluation_sets.values() for row in listed(some)}
-        free = torch.tensor([content_key(row) not in scored for row in rows])
-        known = known.among(free)
-        if len(known.held.x) == 0:
+        scored = {_read_of(row) for some in self.evaluation_sets.values() for row in listed(some)}
+        free = torch.tensor([_read_of(row) not in scored for row in rows])
+        known, folds = known.among(free), out_of_fold.fold_of_each(rows, last_fit.FOLDS)
+        if (found := last_fit.fit(known, folds, self.task)) is None:
             return
-        fitted, loss = last_fit.fit(known, out_of_fold.fold_of_each(rows, last_fit.FOLDS), self.task)
         self._note(CHOSEN, head.current(self.head_layer()))
-        self._install(fitted)
-        outcomes = self.one_step.outcomes
-        last = next((one for one in reversed(outcomes) if one.accepted), outcomes[-1])
-        last.last_fit = {"rows": int(free.sum()), "loss": loss}
+        self._install(found[0])
+        for outcome in [one for one in self.one_step.outcomes if one.accepted][-1:]:
+            outcome.last_fit = {"rows": int(free.sum()), "loss": found[1]}
 
     def show_point(self, direction: str, step_size: float, loss: float) -> None:
         """Tells of a point that a search has looked at."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from onestep_peft import head
-from onestep_peft.between_heads import STRIDES, losses_between, mixed
+from onestep_peft.between_heads import STRIDES, losses_between, lowest, mixed
 from onestep_peft.head import Features, HeadFit
 from onestep_peft.tasks import Task
 
@@ -44,7 +44,7 @@ class Known:
         return replace(self, held=self.held.where(rows.to(self.held.rows.device)[self.held.rows]))
 
 
-def fit(known: Known, folds: Tensor, task: Task) -> tuple[HeadFit, float]:
+def fit(known: Known, folds: Tensor, task: Task) -> tuple[HeadFit, float] | None:
     """The head on the way from the one before to that of all rows, as far as held-out rows gain that it left out.
 
     Args:
@@ -54,6 +54,7 @@ def fit(known: Known, folds: Tensor, task: Task) -> tuple[HeadFit, float]:
 
     Returns:
         The head; and the mean loss of the held-out items in nats, each under the head of its fold, so far on the way.
+        None where they gain nothing.
     """
     since, held = known.since, known.held
     of_items = folds.to(held.rows.device)[held.rows]
@@ -64,7 +65,9 @@ def fit(known: Known, folds: Tensor, task: Task) -> tuple[HeadFit, float]:
         one = head.refit(others.x, others.labels, since, task, tolerance=head.ROUGH)
         found, items = losses_between(since, one, held.x[out], held.labels[out], task)
         losses, number = losses + found, number + items
-    best = int(losses.argmin())
+    best = lowest(losses)
+    if best == 0 or number == 0:
+        return None
     everyone = Features.joined([known.own, held])
     whole = head.refit(everyone.x, everyone.labels, since, task)
     return mixed(since, whole, best), float(losses[best]) / number

@@ -41,12 +41,12 @@ def fold_of_each(rows: Sequence[Mapping[str, Any]], folds: int) -> Tensor:
 
     Rows of the same labels are dealt out evenly.
     """
-    keys = [(repr(row["labels"]), content_key(row)) for row in map(_without_padding, rows)]
+    keys = [(repr(row["labels"]), content_key(row)) for row in map(without_padding, rows)]
     number = {key: i % folds for i, key in enumerate(sorted(set(keys)))}
     return torch.tensor([number[key] for key in keys])
 
 
-def _without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with only what its attention mask leaves of each token's values."""
     mask = row.get("attention_mask")
     if mask is None or all(mask):

@@ -128,9 +128,16 @@ class StepReport:
         text = table({stage: self.metrics[stage] or {} for stage in stages})
         recall = {stage: self.class_recall[stage] for stage in STAGES if self.class_recall.get(stage)}
         text += recall_table(recall, self.class_counts)
-        if self.scored_on == HELD_OUT:
-            text += "(on the held-out rows, which also chose the step: expect a little less on other rows)\n"
-        return text
+        return text + (f"({self.doubt})\n" if self.doubt else "")
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the scores may flatter; None where their rows had no other part."""
+        if self.scored_on != HELD_OUT:
+            return None
+        doubt = "on the held-out rows, which also chose the step: expect a little less on other rows"
+        taught = any(step.get("last_fit") for step in self.steps)
+        return f"{doubt}; the head was fitted to them after that" if taught else doubt
 
     def summary(self) -> str:
         """What each step did, a line each."""

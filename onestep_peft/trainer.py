@@ -59,7 +59,8 @@ class OneStepTrainer(SavingTrainer):
         args: OneStepConfig; plain TrainingArguments are taken over.
         train_dataset: Rows as the task has them (see `onestep_peft.data`), or tokenised rows.
         eval_dataset: Rows that report (before, with the fitted head, after); they never choose.
-        search_dataset: Rows that choose the step and guard it. None: they are held out of the training rows.
+        search_dataset: Rows that choose the step and guard it, and then teach the head, too (`refit_on_held_out`).
+            None: they are held out of the training rows.
         processing_class: The tokenizer; loaded with the model where that is given by name.
         data_collator: As in Trainer.
         peft_config: The adapter: a `LoraConfig` (default `LoraConfig(r=8, lora_alpha=8)`; its `target_modules` default
@@ -212,7 +213,7 @@ class OneStepTrainer(SavingTrainer):
         self.check_free(Path(self._config.output_dir or "."))
         self.report = StepReport()
         self.optimizer, self._head_done = None, False
-        self._fold_heads, self._folds, self._fitted_to = None, {}, None
+        self._fold_heads, self._folds, self._kept_heads, self._fitted_to = None, {}, {}, None
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
         self.pass_seconds = 0.0
         self._before: Snapshot | None = None
@@ -243,14 +244,14 @@ class OneStepTrainer(SavingTrainer):
         with self.without_idle_adapter():
             self.held_out = self.make_held_out()
         self.check_target()
-        self._head_done = True
+        self._head_done, chosen = True, self.take_up_heads()
         if self.resume_run(self.bare_model, self.adapted.fresh):
             return
         self.one_step.bodies.check()
         self.one_step.walk.check(self.slices)
         if self.state.global_step > 0:  # from Trainer's checkpoint, which has the head, but not those of the folds
             self.one_step.done = self.state.global_step
-            self.take_up_head()
+            self.take_up_head(chosen)
             return
         self.measure("base")
         if self.fits_head():

@@ -8,7 +8,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from onestep_peft import head
-from onestep_peft.between_heads import STRIDES, between
+from onestep_peft.between_heads import STRIDES, between, lowest
 from onestep_peft.tasks import TEXT_REGRESSION
 from tests.test_head import clusters
 
@@ -65,3 +65,7 @@ def test_numbers_are_met_where_the_formula_says() -> None:
     found = between(one, other, x, numbers[:, None], TEXT_REGRESSION)
     share = float((found.bias - one.bias) / (other.bias - one.bias))
     assert abs(share - expected) <= 0.5 / STRIDES + 1e-6
+
+
+def test_what_is_not_finite_is_never_the_lowest() -> None:
+    assert lowest(torch.tensor([float("nan"), 1.0, 0.5, float("-nan")])) == 2

@@ -60,6 +60,7 @@ def card(report: StepReport, repo_id: str | None = None) -> str:
             picture=any(step["candidates"] for step in report.steps),
             table=markdown_table(report),
             fitted=bool(report.metrics.get("head")),
+            doubt=report.doubt,
         )
     )
 
@@ -91,7 +92,7 @@ def _results(report: StepReport) -> list[EvalResult]:
         EvalResult(
             task_type=report.task,
             dataset_type=known[0] if len(known) == 1 else "unknown",
-            dataset_name=known[0] if len(known) == 1 else "evaluation rows",
+            dataset_name=known[0] if len(known) == 1 else report.scored_on.replace("eval_dataset", "evaluation rows"),
             metric_type=name,
             metric_value=value,
         )

@@ -54,6 +54,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         seconds: Wall time of the last step by part.
         goes_on: Whether another pass over the same rows follows the step.
         gradient_norm: Of the last pass' mean gradient, over all layers whose update is a product; None without such.
+        kept: What its owner wants to find in a checkpoint, by name.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self.goes_on, self.done, self.loss, self.step_size = False, 0, math.nan, 0.0
         self.seconds: dict[str, float] = {}
         self.gradient_norm: float | None = None
+        self.kept: dict[str, Tensor] = {}
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -151,13 +153,14 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self.bodies.load(below("bodies", named))
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim, with what a walk goes by."""
-        return {**super().state_dict(), "walk": self.walk.tensors()}
+        """As in torch.optim, with what a walk goes by, and what is kept."""
+        return {**super().state_dict(), "walk": self.walk.tensors(), "kept": self.kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim."""
         self.walk.load(state_dict.get("walk", {}))
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "walk"})
+        self.kept = dict(state_dict.get("kept", {}))
+        super().load_state_dict({name: value for name, value in state_dict.items() if name not in ("walk", "kept")})
 
     @torch.no_grad()
     def finish_pass(self) -> float:

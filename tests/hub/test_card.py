@@ -53,6 +53,19 @@ def test_it_says_what_the_step_did() -> None:
     assert "None" not in text and "nan" not in text
 
 
+def test_scores_of_held_out_rows_are_told_as_such() -> None:
+    text = card(report(), "user/adapter")
+    assert "took no part in the choice" in text and "held-out rows, which" not in text
+    held = {"scored_on": "held-out rows", "datasets": {"train": ["user/rows"]}}
+    text = card(report(**held), "user/adapter")
+    assert "took no part in the choice" not in text and "which also chose the step" in text
+    assert {one.dataset_name for one in ModelCard(text).data.eval_results or []} == {"held-out rows"}
+    assert "fitted to them after that" not in text
+    taught = {**report().steps[0], "last_fit": {"rows": 60, "loss": 0.4}}
+    text = card(report(**held, steps=[taught]), "user/adapter")
+    assert "the head was fitted to them after that" in text and "fitted to the held-out rows, too" in text
+
+
 def test_it_comes_from_the_json_alone() -> None:
     assert card(StepReport.from_json(report().to_json()), "user/adapter") == card(report(), "user/adapter")
 
