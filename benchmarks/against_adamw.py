@@ -62,6 +62,7 @@ def arms(setting: Setting, setfit_python: Path | None = None) -> dict[str, Arm]:
         "three steps, full": lambda s: one_step.one_step(s, "full", max_steps=3),
         "lora_one step": lambda s: one_step.one_step(s, direction="lora_one", slices=1),
         "sign step": lambda s: one_step.one_step(s, direction="sign", slices=1),
+        summary.HEAD_TOO: baselines.head_too,
     }
     if setting.rows > SMALL:  # where the default is a walk
         found["one step of all rows, lora"] = lambda s: one_step.one_step(s, slices=1)

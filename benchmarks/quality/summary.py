@@ -20,9 +20,10 @@ Row = dict[str, Any]
 # How the names of AdamW's runs begin.
 LORA_ADAMW, PROMPT_ADAMW = "adamw", "prompt adamw"
 OURS = ("one step, lora", "one step, full", "three steps, lora", "three steps, full", "one step of all rows, lora")
-# AdamW's best setting once more, with the search rows among the training rows.
+# AdamW's best setting, and the head alone, with the search rows among the training rows.
 SEARCH_TOO = "tuned adamw, search rows too"
-OTHERS = (SEARCH_TOO, "lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit")
+HEAD_TOO = "head alone, search rows too"
+OTHERS = (HEAD_TOO, SEARCH_TOO, "lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit")
 OUR_PROMPTS = ("one step, prompt", "three steps, prompt")
 ADAMW, ADAMW_ON_A_PROMPT = "AdamW, tuned", "AdamW on a prompt, tuned"
 # So many runs from a random head: two numbers of epochs for a LoRA, one for a prompt.
@@ -228,7 +229,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     for left in axes[:, 0]:
         left.set_ylabel("test score")
     figure.supxlabel("work, in epochs (a row forward and back is 3 forwards); grey lines: the head alone")
-    legend = {label: _marker(arm) for label, arm in (("ours", OURS[0]), ("AdamW", LORA_ADAMW), ("others", OTHERS[0]))}
+    legend = {label: _marker(arm) for label, arm in (("ours", OURS[0]), ("AdamW", LORA_ADAMW), ("others", OTHERS[-1]))}
     handles = [pyplot.Line2D([], [], marker=style, color=colour, linestyle="") for style, colour in legend.values()]
     figure.legend(handles, legend.keys(), loc="lower right")
     figure.tight_layout()
@@ -239,4 +240,4 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 def _marker(arm: str) -> tuple[str, str]:
     if arm in OURS:
         return "*", "C3"
-    return ".", "C0" if arm.startswith(LORA_ADAMW) else "0.6"
+    return ".", "C0" if arm.startswith(LORA_ADAMW) or arm == SEARCH_TOO else "0.6"
