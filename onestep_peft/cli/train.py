@@ -33,10 +33,7 @@ class TrainOptions:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     search_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Rows that choose the step, then teach the head (default: a validation split, else held out)."
-        },
+        default=None, metadata={"help": "Rows that choose the step (default: a validation split, else held out)."}
     )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Rows that report (default: a test split, else a validation split)."}

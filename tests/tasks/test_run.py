@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -237,7 +238,9 @@ def test_predictions_are_a_tasks_own(done: tuple[str, OneStepTrainer, Path]) -> 
         with torch.no_grad():
             expected = float(model(**tokenizer("w1 w2 w50 w60", return_tensors="pt")).logits)
         assert records[0]["value"] == pytest.approx(expected, rel=1e-4, abs=1e-3)  # of numbers in tens
-        assert records[0]["value"] > records[1]["value"]
+        rows = KINDS[name].rows(60, 5)
+        found = [record["value"] for record in predict(model, tokenizer, [row["text"] for row in rows])]
+        assert np.corrcoef(found, [row["label"] for row in rows])[0, 1] > 0.6
     else:
         assert records[0]["generated_text"].startswith(" w")
 
