@@ -24,7 +24,7 @@ from onestep_peft.held_out import (
     Split,
     batched_by_length,
     by_content,
-    content_key,
+    key_of_the_input,
     listed,
     padded,
     select,
@@ -39,16 +39,9 @@ from onestep_peft.step.snapshot import Snapshot
 
 # A head with a few hundred inputs learns nothing more from further tokens.
 TOKENS_MAX = 20_000
-
-
 # What Trainer's checkpoints and a saved pass hold of the head: as it was before it was last fitted again, and as the
 # held-out rows chose it before they taught it, too.
 BEFORE, CHOSEN = "head_before", "head_chosen"
-
-
-def _read_of(row: Mapping[str, Any]) -> bytes:
-    """A key of what a model reads of a row: without its padding, labels and other columns."""
-    return content_key({"input_ids": out_of_fold.without_padding(row)["input_ids"]} if "input_ids" in row else row)
 
 
 class HeadTrainer(SharingTrainer):
@@ -61,7 +54,7 @@ class HeadTrainer(SharingTrainer):
     _progress: StepProgress | None
     _fold_heads: FoldHeads | None = None
     _folds: dict[int, Tensor]
-    _kept_heads: dict[str, Tensor]
+    _kept_heads: dict[str, Tensor]  # beside the optimizer's: a retry finds the checkpoint's there again
     _fitted_to: Known | None = None
 
     @property
@@ -366,8 +359,8 @@ class HeadTrainer(SharingTrainer):
         assert known is not None
         rows = listed(self.held_rows)
         rows = [rows[i] for i in by_content(rows)]
-        scored = {_read_of(row) for some in self.evaluation_sets.values() for row in listed(some)}
-        free = torch.tensor([_read_of(row) not in scored for row in rows])
+        scored = {key_of_the_input(row) for some in self.evaluation_sets.values() for row in listed(some)}
+        free = torch.tensor([key_of_the_input(row) not in scored for row in rows])
         known, folds = known.among(free), out_of_fold.fold_of_each(rows, last_fit.FOLDS)
         if (found := last_fit.fit(known, folds, self.task)) is None:
             return

@@ -36,6 +36,24 @@ def content_key(row: Mapping[str, Any]) -> bytes:
     return digest.digest()
 
 
+def without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with only what its attention mask leaves of each token's values."""
+    mask = row.get("attention_mask")
+    if mask is None or all(mask):
+        return row
+
+    def kept(value: Any) -> Any:
+        by_token = hasattr(value, "__len__") and len(value) == len(mask)
+        return [one for one, real in zip(value, mask, strict=True) if real] if by_token else value
+
+    return {name: kept(value) for name, value in row.items()}
+
+
+def key_of_the_input(row: Mapping[str, Any]) -> bytes:
+    """A hash of what a model reads of a row: without its padding, labels and other columns."""
+    return content_key({"input_ids": without_padding(row)["input_ids"]} if "input_ids" in row else row)
+
+
 def by_content(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Row numbers in an order that depends on the rows' contents alone."""
     keys = [content_key(row) for row in rows]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from onestep_peft import head
 from onestep_peft.head import Features, HeadFit
-from onestep_peft.held_out import content_key
+from onestep_peft.held_out import content_key, without_padding
 from onestep_peft.tasks import Task
 
 PREFIX = "fold_heads."
@@ -44,19 +44,6 @@ def fold_of_each(rows: Sequence[Mapping[str, Any]], folds: int) -> Tensor:
     keys = [(repr(row["labels"]), content_key(row)) for row in map(without_padding, rows)]
     number = {key: i % folds for i, key in enumerate(sorted(set(keys)))}
     return torch.tensor([number[key] for key in keys])
-
-
-def without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with only what its attention mask leaves of each token's values."""
-    mask = row.get("attention_mask")
-    if mask is None or all(mask):
-        return row
-
-    def kept(value: Any) -> Any:
-        by_token = hasattr(value, "__len__") and len(value) == len(mask)
-        return [one for one, real in zip(value, mask, strict=True) if real] if by_token else value
-
-    return {name: kept(value) for name, value in row.items()}
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _results(report: StepReport) -> list[EvalResult]:
         EvalResult(
             task_type=report.task,
             dataset_type=known[0] if len(known) == 1 else "unknown",
-            dataset_name=known[0] if len(known) == 1 else report.scored_on.replace("eval_dataset", "evaluation rows"),
+            dataset_name=known[0] if len(known) == 1 else report.scored_on if report.doubt else "evaluation rows",
             metric_type=name,
             metric_value=value,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,3 +100,14 @@ def surely_worse(one: Tensor, other: Tensor) -> bool:
     excess = one.double() - other.double()
     error = float(excess.std(correction=0)) / math.sqrt(len(excess))
     return not float(excess.mean()) <= 2 * error
+
+
+def falls_behind(trials: Sequence[Tensor]) -> Callable[[], bool]:
+    """Whether what is added to these trials from now on is surely worse than the best of those that are there."""
+    found, known = best_trial(trials), len(trials)
+    return lambda: surely_worse(best_trial(trials[known:]), found)
+
+
+def best_trial(trials: Sequence[Tensor]) -> Tensor:
+    """The losses of the trial with the lowest mean."""
+    return min(trials, key=lambda losses: float(losses.mean().nan_to_num(math.inf)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from onestep_peft.step import processes
 from onestep_peft.step.bodies import Bodies, below
 from onestep_peft.step.candidates import Bundle, Candidate, Evidence, build_candidates, share_at_start
-from onestep_peft.step.guard import cross_fitted, judge, surely_worse
+from onestep_peft.step.guard import best_trial, cross_fitted, falls_behind, judge
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import PART_EVALUATIONS, SearchResult, search_step_size
 from onestep_peft.step.outcome import WALK, Clock, StepOutcome, StepSettings
@@ -235,7 +235,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
             else:
                 self.bodies.forget()
             if outcome.accepted and settings.walks:
-                losses = _best(trials)  # the model stands where they were seen
+                losses = best_trial(trials)  # the model stands where they were seen
                 self.walk.begin(
                     evidence, so_far, damping=settings.damping, pace=settings.pace, slices=settings.slices,
                     loss=self.loss, losses=losses,
@@ -329,7 +329,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
             if fixed is None:
                 first = candidate.first
                 loss = self._loss_along(first, candidate.name, trials)
-                hopeless = _behind(trials) if searched else lambda: False
+                hopeless = falls_behind(trials) if searched else lambda: False
                 result = search_step_size(loss, first.start * scale, loss_at_zero=before, hopeless=hopeless)
                 if result.best[0] > 0:
                     scale = result.best[0] / first.start
@@ -390,14 +390,3 @@ class OneStepOptimizer(torch.optim.Optimizer):
             part.apply(step_size)
             outcome.reach[name] = step_size / part.start
             outcome.parts.append((name, result))
-
-
-def _behind(trials: Sequence[Tensor]) -> Callable[[], bool]:
-    """Whether what is added to these trials from now on is surely worse than the best of those that are there."""
-    found, known = _best(trials), len(trials)
-    return lambda: surely_worse(_best(trials[known:]), found)
-
-
-def _best(trials: Sequence[Tensor]) -> Tensor:
-    """The losses of the trial with the lowest mean."""
-    return min(trials, key=lambda losses: float(losses.mean().nan_to_num(math.inf)))

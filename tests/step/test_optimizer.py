@@ -361,7 +361,7 @@ def test_a_candidate_that_is_far_behind_is_given_up_after_two_looks_and_the_step
 ) -> None:
     directions = ("kfac", "kfac_muon")
     model, optimizer = searched(directions=directions)
-    monkeypatch.setattr("onestep_peft.step.optimizer.surely_worse", lambda one, other: False)
+    monkeypatch.setattr("onestep_peft.step.guard.surely_worse", lambda one, other: False)
     patient, whole = searched(directions=directions)
     (given_up,), (all_of_it,) = optimizer.outcomes, whole.outcomes
     assert evaluations(given_up)["kfac_muon"] == LOOKS < evaluations(all_of_it)["kfac_muon"]
@@ -374,7 +374,7 @@ def test_a_candidate_that_is_far_behind_is_given_up_after_two_looks_and_the_step
 
 def test_the_first_candidate_and_one_that_may_win_are_searched_to_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     _, optimizer = searched(directions=("sign", "kfac"))
-    monkeypatch.setattr("onestep_peft.step.optimizer.surely_worse", lambda one, other: False)
+    monkeypatch.setattr("onestep_peft.step.guard.surely_worse", lambda one, other: False)
     _, whole = searched(directions=("sign", "kfac"))
     assert evaluations(optimizer.outcomes[0]) == evaluations(whole.outcomes[0])
     assert optimizer.outcomes[0].direction == "kfac"
