@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from quality import baselines, one_step, setfit_arm, summary
-from quality.settings import Setting
+from quality.settings import F1_SETS, Setting
 from results_file import Results
 from transformers.utils import logging
 
@@ -39,7 +39,7 @@ RESULTS = Results("against_adamw")
 # Arms that go by the rate that AdamW is best at.
 LATE = ("fitted head", "lora_ga, 1 step", "lora_ga, 1 epoch")
 # And what goes by its best setting, from the fitted head included.
-LAST = summary.SEARCH_TOO
+LAST = (summary.SEARCH_TOO, summary.THRESHOLD_TOO)
 
 Arm = Callable[[Setting], dict[str, Any]]
 
@@ -77,7 +77,9 @@ def arms(setting: Setting, setfit_python: Path | None = None) -> dict[str, Arm]:
         found |= prompt_arms()
     found["lora_ga, 1 step"] = lambda s: with_best_rate(s, None, lambda rate: baselines.loraga(s, rate, steps=1))
     found["lora_ga, 1 epoch"] = lambda s: with_best_rate(s, None, lambda rate: baselines.loraga(s, rate))
-    found[summary.SEARCH_TOO] = search_too
+    found[summary.SEARCH_TOO] = lambda s: once_more(replace(s, search_too=True))
+    if setting.name in F1_SETS:
+        found[summary.THRESHOLD_TOO] = lambda s: once_more(s, threshold=True)
     if setfit_python is not None:
         found["setfit"] = lambda s: setfit_arm.setfit(s, setfit_python, max(epochs(s.rows)))
     return found
@@ -114,14 +116,19 @@ def with_best_rate(
     return {"rate": rate, **run(rate)}
 
 
-def search_too(setting: Setting) -> dict[str, Any]:
-    """AdamW's best setting once more, from training and search rows: these have done their choosing."""
+def once_more(setting: Setting, threshold: bool = False) -> dict[str, Any]:
+    """AdamW's best setting once more.
+
+    Args:
+        setting: With `search_too` from the search rows, too: they have done their choosing.
+        threshold: Whether these choose the threshold of an F1.
+    """
     best = summary.best_adamw(_counted(setting).values())
     assert best is not None
     number = next(number for number in epochs(setting.rows) if f" {number} epochs" in best["arm"])
     rates = _at_rates(summary.LORA_ADAMW, [number], baselines.RATES)
     rate, fitted = (best["rate"], True) if best["arm"].endswith("fitted head") else (rates[best["arm"]], False)
-    result = baselines.adamw(replace(setting, search_too=True), rate, number, fitted)
+    result = baselines.adamw(setting, rate, number, fitted, threshold)
     return {"setting": best["arm"], "rate": rate, **result}
 
 
@@ -202,7 +209,7 @@ def rates_known(setting: Setting, late: str) -> bool:
         wanted = _at_rates(summary.LORA_ADAMW, epochs(setting.rows), baselines.RATES)
     known = _counted(setting)
     heads = {f"{summary.LORA_ADAMW}, {number} epochs, fitted head" for number in epochs(setting.rows)}
-    return wanted.keys() <= known.keys() and (late != LAST or not heads.isdisjoint(known))
+    return wanted.keys() <= known.keys() and (late not in LAST or not heads.isdisjoint(known))
 
 
 def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minutes: float) -> None:
@@ -214,7 +221,7 @@ def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minut
         told = f"{setting.name} {setting.rows} seed {setting.seed}: {name}"
         if time.monotonic() > end:
             return
-        if name.endswith((*LATE, LAST)) and not rates_known(setting, name):
+        if name.endswith((*LATE, *LAST)) and not rates_known(setting, name):
             print(f"{told} waits for all of AdamW's rates", flush=True)
             return
         try:
@@ -229,7 +236,7 @@ def run_all(runs: Sequence[Run], setfit_python: Path | None, workers: int, minut
 
     # What goes by AdamW's best rate waits for all of them, and what goes by its best setting for that, too.
     late = [one for one in runs if one[0].endswith(LATE)]
-    last = [one for one in runs if one[0] == LAST]
+    last = [one for one in runs if one[0] in LAST]
     for some in ([one for one in runs if one not in late + last], late, last):
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(run, sorted(some, key=lambda one: -one[1].rows)))

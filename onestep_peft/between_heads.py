@@ -43,8 +43,7 @@ def losses_between(one: HeadFit, other: HeadFit, x: Tensor, labels: Tensor, task
     x, labels = head.labelled(x, labels, task)
 
     def loss(fit: HeadFit) -> float:
-        logits = x.double() @ fit.weight.double().T + (fit.bias.double() if fit.bias is not None else 0.0)
-        return float(task.row_losses(logits, labels).sum())
+        return float(task.row_losses(fit.logits(x), labels).sum())
 
     return torch.tensor([loss(mixed(one, other, i)) for i in range(STRIDES + 1)], dtype=torch.float64), len(x)
 

@@ -234,6 +234,11 @@ class HeadFit:
         bias = self.bias.to(device) if self.bias is not None else None
         return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Of items `(items, d)`: `(items, outputs)`, float64."""
+        logits = x.double() @ self.weight.double().T
+        return logits if self.bias is None else logits + self.bias.double()
+
 
 def fit(
     x: Tensor,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from onestep_peft import head, last_fit, out_of_fold
+from onestep_peft import head, out_of_fold
 from onestep_peft.between_heads import between
 from onestep_peft.callbacks import StepProgress
 from onestep_peft.config import OneStepConfig
@@ -24,7 +22,6 @@ from onestep_peft.held_out import (
     Split,
     batched_by_length,
     by_content,
-    key_of_the_input,
     listed,
     padded,
     select,
@@ -302,9 +299,7 @@ class HeadTrainer(SharingTrainer):
             before.restore()
             raise
         # It may be large, and is not kept through another pass.
-        self._fitted_to = (
-            known if cast(OneStepConfig, self.args).refit_on_held_out and not self.another_pass() else None
-        )
+        self._fitted_to = None if self.another_pass() else known
         outcome.head_refitted = loss < (outcome.loss_after if outcome.accepted else outcome.loss_before)
         if not outcome.head_refitted:
             before.restore()
@@ -328,46 +323,6 @@ class HeadTrainer(SharingTrainer):
                 self.fit_head()
                 return
         self.refit_fold_heads()
-
-    def measure(self, stage: str) -> None:
-        """As before; but held-out rows are not scored by a head that knows them."""
-        if self.evaluation_sets or self._noted(CHOSEN) is None:
-            super().measure(stage)
-
-    def finish_head(self) -> None:
-        """After the last step: fits the head to the held-out rows, too, as far as such of them gain as it leaves out.
-
-        Where there is no evaluation set the held-out rows are scored, and so they are before.
-        """
-        wanted = self.fits_head() and cast(OneStepConfig, self.args).refit_on_held_out
-        if wanted and self.held_out is not None and self._noted(BEFORE) is not None:
-            if not self.evaluation_sets:
-                self.measure("after")
-            with self.clock("head"):
-                try:
-                    self._fit_to_held_out()
-                except Exception as error:
-                    if not should_reduce_batch_size(error):
-                        raise
-                    # Smaller batches would not help, and the step is made.
-                    warnings.warn(f"The head is not fitted to the held-out rows: {error}", stacklevel=2)
-        self._fitted_to = None
-
-    def _fit_to_held_out(self) -> None:
-        """To those that are not evaluated."""
-        known = self._fitted_to or self.fit_head(install=False)  # anew where the run ends before its last pass
-        assert known is not None
-        rows = listed(self.held_rows)
-        rows = [rows[i] for i in by_content(rows)]
-        scored = {key_of_the_input(row) for some in self.evaluation_sets.values() for row in listed(some)}
-        free = torch.tensor([key_of_the_input(row) not in scored for row in rows])
-        known, folds = known.among(free), out_of_fold.fold_of_each(rows, last_fit.FOLDS)
-        if (found := last_fit.fit(known, folds, self.task)) is None:
-            return
-        self._note(CHOSEN, head.current(self.head_layer()))
-        self._install(found[0])
-        for outcome in [one for one in self.one_step.outcomes if one.accepted][-1:]:
-            outcome.last_fit = {"rows": int(free.sum()), "loss": found[1]}
 
     def show_point(self, direction: str, step_size: float, loss: float) -> None:
         """Tells of a point that a search has looked at."""

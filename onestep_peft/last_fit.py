@@ -44,7 +44,22 @@ class Known:
         return replace(self, held=self.held.where(rows.to(self.held.rows.device)[self.held.rows]))
 
 
-def fit(known: Known, folds: Tensor, task: Task) -> tuple[HeadFit, float] | None:
+@dataclass(frozen=True)
+class LastFit:
+    """What the last fit came to.
+
+    Args:
+        head: On the way from the one before to that of all rows.
+        loss: Mean loss of the held-out items in nats, each under the head of its fold, so far on the way.
+        logits: The held-out items' under these heads, `(items, outputs)`, float64.
+    """
+
+    head: HeadFit
+    loss: float
+    logits: Tensor
+
+
+def fit(known: Known, folds: Tensor, task: Task) -> LastFit | None:
     """The head on the way from the one before to that of all rows, as far as held-out rows gain that it left out.
 
     Args:
@@ -53,21 +68,25 @@ def fit(known: Known, folds: Tensor, task: Task) -> tuple[HeadFit, float] | None
         task: Gives each item's loss.
 
     Returns:
-        The head; and the mean loss of the held-out items in nats, each under the head of its fold, so far on the way.
         None where they gain nothing.
     """
     since, held = known.since, known.held
     of_items = folds.to(held.rows.device)[held.rows]
     losses, number = torch.zeros(STRIDES + 1, dtype=torch.float64), 0
+    heads: list[tuple[Tensor, HeadFit]] = []
     for fold in of_items.unique():
         out = of_items.eq(fold)
         others = Features.joined([known.own, held.where(~out)])
         one = head.refit(others.x, others.labels, since, task, tolerance=head.ROUGH)
         found, items = losses_between(since, one, held.x[out], held.labels[out], task)
         losses, number = losses + found, number + items
+        heads.append((out, one))
     best = lowest(losses)
     if best == 0 or number == 0:
         return None
     everyone = Features.joined([known.own, held])
     whole = head.refit(everyone.x, everyone.labels, since, task)
-    return mixed(since, whole, best), float(losses[best]) / number
+    logits = torch.zeros(len(held.x), len(since.weight), dtype=torch.float64, device=held.x.device)
+    for out, one in heads:
+        logits[out] = mixed(since, one, best).logits(held.x[out])
+    return LastFit(mixed(since, whole, best), float(losses[best]) / number, logits)

@@ -50,7 +50,9 @@ class StepReport:
             that the adapter's rank could not hold), "head_refitted" (whether the head was fitted again after the
             step, since held-out rows gained by it) and "last_fit" (of the last step, where the head was fitted to the
             held-out rows in the end: their number, "rows", and their mean "loss", each under a head that leaves it
-            out; else None).
+            out; else None), and "decision" (of the last step, where the head was tuned to decide as an F1 asks: that
+            "metric", the "threshold", from which probability on it says yes, and the score to be "expected" of the
+            held-out rows; else None).
         datasets: Ids on the Hub by what their rows did: "train", "search", "evaluation". Rows do not say where they
             come from: the command fills this in; in Python, set it before `save_model`.
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted, a walk's to its first slice; None where it
@@ -136,8 +138,9 @@ class StepReport:
         if self.scored_on != HELD_OUT:
             return None
         doubt = "on the held-out rows, which also chose the step: expect a little less on other rows"
-        taught = any(step.get("last_fit") for step in self.steps)
-        return f"{doubt}; the head was fitted to them after that" if taught else doubt
+        after = {"last_fit": "the head was fitted to them", "decision": "its threshold was taken from them"}
+        told = [text for what, text in after.items() if any(step.get(what) for step in self.steps)]
+        return f"{doubt}; {' and '.join(told)} after that" if told else doubt
 
     def summary(self) -> str:
         """What each step did, a line each."""
@@ -148,6 +151,8 @@ class StepReport:
             fall += " with the head fitted again" if step.get("head_refitted") else ""
             if last := step.get("last_fit"):
                 fall += f", then to the held-out rows, too ({last['loss']:.4f} where left out)"
+            if tuned := step.get("decision"):
+                fall += f", then yes from a probability of {tuned['threshold']:.2f} on, for {tuned['metric']}"
             lines.append(
                 f"step {number}: {step['direction']}, step size {step['step_size']:.4g}{fall}; {step['reason']}"
             )
@@ -262,6 +267,7 @@ def step_record(outcome: StepOutcome) -> dict[str, Any]:
         "parts": [{"part": name, "points": [list(point) for point in result.points]} for name, result in outcome.parts],
         "head_refitted": outcome.head_refitted,
         "last_fit": outcome.last_fit,
+        "decision": outcome.decision,
     }
 
 

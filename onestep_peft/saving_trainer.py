@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from onestep_peft.config import OneStepConfig
-from onestep_peft.head_trainer import HeadTrainer
+from onestep_peft.finishing_trainer import FinishingTrainer
 from onestep_peft.report import PICTURE, StepReport
 from onestep_peft.saving import check_free, portable, save_model_files, save_whole
 from onestep_peft.wrapping import config_of, labels_of
 
 
-class SavingTrainer(HeadTrainer):
+class SavingTrainer(FinishingTrainer):
     """Saves a model with its head, tokenizer, report and picture."""
 
     saved_to: set[Path]

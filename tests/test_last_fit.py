@@ -67,7 +67,9 @@ def share_of(found: HeadFit, since: HeadFit, to: HeadFit) -> float:
 def test_it_goes_as_far_to_the_head_of_all_rows_as_folds_gain_that_are_left_out() -> None:
     own, held, since = small_set()
     folds = torch.arange(60) % 4
-    found, loss = last_fit.fit(Known(own, held, since), folds, TEXT_CLASSIFICATION)
+    fitted = last_fit.fit(Known(own, held, since), folds, TEXT_CLASSIFICATION)
+    assert fitted is not None
+    found, loss = fitted.head, fitted.loss
     left_out = [by_scikit_learn(own, held, folds != fold) for fold in range(4)]
 
     def mean(share: float) -> float:
@@ -78,6 +80,8 @@ def test_it_goes_as_far_to_the_head_of_all_rows_as_folds_gain_that_are_left_out(
     share = share_of(found, since, by_scikit_learn(own, held, folds >= 0))
     assert 0.1 < best.x < 0.95 and abs(share - best.x) < 0.03
     assert loss == pytest.approx(best.fun, rel=2e-3) and loss < mean(0)
+    by_fold = nn.functional.cross_entropy(fitted.logits, held.labels)
+    assert float(by_fold) == pytest.approx(loss, rel=1e-9), "each row's logits are those of the head of its fold"
     # Rows that the head knows would say more.
     whole = by_scikit_learn(own, held, folds >= 0)
     assert loss_on_the_way(since, whole, share, held.x, held.labels) / 60 < loss - 1e-3
@@ -97,11 +101,13 @@ def test_items_of_one_row_are_left_out_together_and_those_without_a_label_say_no
     folds = torch.arange(20) % 2
     nothing = Features(torch.full((7, 5), 9.0), torch.full((7,), -100), torch.arange(7))
     with_it = Features.joined([tokens, nothing])
-    found, loss = last_fit.fit(Known(own, with_it, since), folds, TOKEN_CLASSIFICATION)
-    by_token, expected = last_fit.fit(
+    found = last_fit.fit(Known(own, with_it, since), folds, TOKEN_CLASSIFICATION)
+    by_token = last_fit.fit(
         Known(own, features_of(held.x, held.labels), since), folds.repeat_interleave(3), TEXT_CLASSIFICATION
     )
-    assert loss == pytest.approx(expected, rel=1e-9) and torch.allclose(found.weight, by_token.weight)
+    assert found is not None and by_token is not None and found.loss == pytest.approx(by_token.loss, rel=1e-9)
+    assert torch.allclose(found.head.weight, by_token.head.weight)
+    assert torch.allclose(found.logits[:60], by_token.logits)
 
 
 def test_numbers_go_to_the_closed_form() -> None:
@@ -110,7 +116,9 @@ def test_numbers_go_to_the_closed_form() -> None:
     y = (x @ slope + 0.3 * torch.randn(80, generator=draw, dtype=torch.float64))[:, None]
     own, held = (features_of(x[some], y[some]) for some in (slice(0, 50), slice(50, 80)))
     since = HeadFit(torch.zeros(1, 4), torch.zeros(1), 1e-6, None)
-    found, _ = last_fit.fit(Known(own, held, since), torch.arange(30) % 5, TEXT_REGRESSION)
+    fitted = last_fit.fit(Known(own, held, since), torch.arange(30) % 5, TEXT_REGRESSION)
+    assert fitted is not None
+    found = fitted.head
     exact = torch.linalg.lstsq(torch.cat([x, torch.ones(80, 1).double()], 1), y).solution[:, 0]
     assert torch.allclose(found.weight[0], exact[:4], atol=1e-3) and float(found.bias) == pytest.approx(
         float(exact[4]), abs=1e-3

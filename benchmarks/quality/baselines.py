@@ -18,6 +18,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from onestep_peft import head
 from onestep_peft.methods import prompt_tuning
 
+from . import thresholds
 from .settings import MAX_LENGTH, Setting
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -28,13 +29,14 @@ RANK = 8
 TARGETS = r".*encoder.*\.(query|key|value|dense)"
 
 
-def adamw(setting: Setting, rate: float, epochs: int, fitted: bool = False) -> dict[str, Any]:
+def adamw(setting: Setting, rate: float, epochs: int, fitted: bool = False, threshold: bool = False) -> dict[str, Any]:
     """LoRA and head by AdamW with Trainer's defaults (linear decay, batches of 16).
 
     Args:
         fitted: Whether to begin from the head that one step begins from.
+        threshold: Whether the search rows also choose the threshold of an F1.
     """
-    return _adamw(setting, get_peft_model(setting.model(), _lora()), rate, epochs, fitted)
+    return _adamw(setting, get_peft_model(setting.model(), _lora()), rate, epochs, fitted, threshold)
 
 
 def prompt_adamw(setting: Setting, rate: float, epochs: int, fitted: bool = False) -> dict[str, Any]:
@@ -47,14 +49,16 @@ def prompt_adamw(setting: Setting, rate: float, epochs: int, fitted: bool = Fals
     return _adamw(setting, peft, rate, epochs, fitted)
 
 
-def _adamw(setting: Setting, peft: Any, rate: float, epochs: int, fitted: bool) -> dict[str, Any]:
+def _adamw(
+    setting: Setting, peft: Any, rate: float, epochs: int, fitted: bool, threshold: bool = False
+) -> dict[str, Any]:
     tokenizer = setting.tokenizer()
     seconds: dict[str, float] = {}
     if fitted:
         began = time.perf_counter()
         fit_head(setting, peft, tokenizer)
         seconds["head"] = time.perf_counter() - began
-    return trained(setting, peft, tokenizer, rate, epochs, seconds=seconds)
+    return trained(setting, peft, tokenizer, rate, epochs, seconds=seconds, threshold=threshold)
 
 
 def loraga(setting: Setting, rate: float, steps: int = -1) -> dict[str, Any]:
@@ -92,8 +96,9 @@ def trained(
     *,
     steps: int = -1,
     seconds: dict[str, float],
+    threshold: bool = False,
 ) -> dict[str, Any]:
-    """Trains in Trainer, and scores the search and the test rows."""
+    """Trains in Trainer, and scores the search and the test rows, on request with a threshold of their own, too."""
     rows = tokenised(setting.train(), tokenizer)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         arguments = TrainingArguments(
@@ -105,10 +110,13 @@ def trained(
         began = time.perf_counter()
         trainer.train()
         seconds["train"] = time.perf_counter() - began
-        scored = {
-            name: setting.scores(*trainer.predict(tokenised(some, tokenizer))[:2])
+        predicted = {
+            name: trainer.predict(tokenised(some, tokenizer))[:2]
             for name, some in (("search", setting.search()), ("test", setting.test()))
         }
+    scored = {name: setting.scores(*some) for name, some in predicted.items()}
+    if threshold:
+        scored |= thresholds.scores(setting, *predicted["search"], *predicted["test"])
     walked = len(rows) * epochs if steps < 0 else 16 * steps
     return {**scored, "seconds": {**seconds, "total": sum(seconds.values())}, "forwards": 3 * walked}
 

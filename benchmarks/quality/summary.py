@@ -22,8 +22,12 @@ LORA_ADAMW, PROMPT_ADAMW = "adamw", "prompt adamw"
 OURS = ("one step, lora", "one step, full", "three steps, lora", "three steps, full", "one step of all rows, lora")
 # AdamW's best setting, and the head alone, with the search rows among the training rows.
 SEARCH_TOO = "tuned adamw, search rows too"
+# And that setting with a threshold for the F1 that the search rows choose.
+THRESHOLD_TOO = "tuned adamw, threshold too"
 HEAD_TOO = "head alone, search rows too"
-OTHERS = (HEAD_TOO, SEARCH_TOO, "lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit")
+OTHERS = (
+    HEAD_TOO, SEARCH_TOO, THRESHOLD_TOO, "lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit",
+)  # fmt: skip
 OUR_PROMPTS = ("one step, prompt", "three steps, prompt")
 ADAMW, ADAMW_ON_A_PROMPT = "AdamW, tuned", "AdamW on a prompt, tuned"
 # So many runs from a random head: two numbers of epochs for a LoRA, one for a prompt.
@@ -240,4 +244,4 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 def _marker(arm: str) -> tuple[str, str]:
     if arm in OURS:
         return "*", "C3"
-    return ".", "C0" if arm.startswith(LORA_ADAMW) or arm == SEARCH_TOO else "0.6"
+    return ".", "C0" if arm.startswith(LORA_ADAMW) or arm in (SEARCH_TOO, THRESHOLD_TOO) else "0.6"
