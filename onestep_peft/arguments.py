@@ -35,7 +35,7 @@ HONOURED: dict[str, str] = {
     "use_cache": "as in Trainer; the step is the same",
     **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay", "eval_on_start"), EVALUATION),
     "metric_for_best_model": (
-        "what `stop_at` is compared with, and `save_strategy=\"best\"`; of \"f1\" see `tune_threshold`"
+        "what `stop_at` is compared with, and `save_strategy=\"best\"`; of an F1 see `tune_threshold`"
     ),
     "greater_is_better": "which way that metric gets better",
     **dict.fromkeys(("save_strategy", "save_steps", "save_total_limit", "save_only_model"), CHECKPOINTS),

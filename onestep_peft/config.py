@@ -49,11 +49,12 @@ class OneStepConfig(TrainingArguments):
         refit_on_held_out: Whether the held-out rows, once they have chosen everything, teach the head, too: it is
             fitted for the last time, to all rows, as far as those held-out rows gain that such a fit leaves out (in 5
             folds). Rows that are in `eval_dataset` stay out of it. Scores of a `search_dataset` flatter afterwards.
-        tune_threshold: Whether a fresh head, where `metric_for_best_model` is "f1", is made to say yes from that
-            probability on which held-out rows let expect the best F1 of (half of it), not from one half on. Its bias
-            moves, so its probabilities are too high afterwards. For two classes (class 1 counts) and for several
-            labels a row, with `metrics` that name the F1 or have it by default; not with a `compute_metrics` of one's
-            own, whose F1 may be another.
+        tune_threshold: Whether a fresh head, where `metric_for_best_model` is an F1, is made to say yes from a lower
+            probability than one half: the one from which on held-out rows promise the best F1. It is done in the end,
+            by raising its bias, so its probabilities for yes are too high afterwards; whoever trains such a model on
+            should know. For two classes (the F1 of class 1) and for several labels a row (the F1 over all of them),
+            whatever the metric is called: it counts as an F1 if it gives the values of one on held-out rows. `stop_at`
+            compares scores from before.
         head_folds: The pass takes each row's residual from a head that was fitted without it: the rows are dealt into
             so many folds, and each fold's head is fitted to the others. Where the head is fitted again after the step
             (so not in walks and slices, nor without held-out rows; and not in tasks by token), half of the gradient
@@ -103,7 +104,7 @@ class OneStepConfig(TrainingArguments):
         default=True, metadata={"help": "Fit the head to the held-out rows, too, once they have chosen everything."}
     )
     tune_threshold: bool = field(
-        default=True, metadata={"help": "Where metric_for_best_model is f1: say yes from where that is best."}
+        default=True, metadata={"help": "Where metric_for_best_model is an F1: say yes from where that is best."}
     )
     head_folds: int = field(
         default=5, metadata={"help": "Folds of the rows, whose residuals come from heads fitted to the others (1: no)."}

@@ -12,6 +12,7 @@ best threshold by count is that of the few rows beside which it lies, and one by
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from onestep_peft.tasks.task import MULTI_LABEL, SINGLE_LABEL, UNLABELLED
 
 # With fewer than so many that are to be expected of the class, nothing is known of its F1.
 EXPECTED_MIN = 1.0
+# A metric is an F1 of yes if it gives the same on three ways to decide, as far as people round it.
+SAME = 1e-3
+# A logit that says yes to everything.
+ALWAYS = 1e4
 
 
 def is_for(task: Task, outputs: int) -> bool:
@@ -38,20 +43,24 @@ def chances(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
     """
     logits, labels = labelled(logits.double(), labels, task)
     if task.problem_type == MULTI_LABEL:
-        return logits.sigmoid()[task.aligned(logits, labels)[1] != UNLABELLED]
+        return logits.sigmoid()[_known(logits, labels, task)]
     return logits.softmax(1)[:, 1]
 
 
-def best_f1(chances: Tensor) -> float | None:
+def _known(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
+    return task.aligned(logits, labels)[1] != UNLABELLED
+
+
+def best_f1(probabilities: Tensor) -> float | None:
     """The highest F1 to expect by a threshold, `2 · hits / (said + true)` with the expected hits and true ones.
 
     Args:
-        chances: The probability of a yes for each decision, `(decisions,)`.
+        probabilities: Of a yes for each decision, `(decisions,)`.
 
     Returns:
         None where too few are to be expected.
     """
-    ordered = chances.double().sort(descending=True).values
+    ordered = probabilities.double().sort(descending=True).values
     expected = float(ordered.sum())
     if not expected >= EXPECTED_MIN:
         return None
@@ -59,15 +68,44 @@ def best_f1(chances: Tensor) -> float | None:
     return min(1.0, float((2 * ordered.cumsum(0) / (said + expected)).max()))
 
 
-def lowered(fitted: HeadFit, threshold: float, task: Task) -> HeadFit:
-    """The head that says yes, by its own half, where this one's probability is above a threshold.
+def f1(logits: Tensor, labels: Tensor, task: Task) -> float:
+    """The F1 of the decisions by one half; 0 where nobody says yes and nothing is one."""
+    logits, labels = labelled(logits, labels, task)
+    said, true = task.aligned(task.predict(logits), labels)
+    known = _known(logits, labels, task)
+    said, true = said[known].eq(1), true[known].eq(1)
+    either = int(said.sum() + true.sum())
+    return 2 * int((said & true).sum()) / either if either else 0.0
+
+
+def is_f1(metric: Callable[[Tensor], float], logits: Tensor, labels: Tensor, task: Task, threshold: float) -> bool:
+    """Whether a metric is the F1 of yes: it is on these items by one half, by a threshold, and for all that say yes.
+
+    Others that go by this name (of class 0, or a mean over classes) differ at the last at the latest.
 
     Args:
-        fitted: With a bias.
-        threshold: Above 0, at most one half.
+        metric: Logits `(items, outputs)` -> its value.
     """
-    assert fitted.bias is not None
-    yes = torch.ones_like(fitted.bias)
+    yes = _yes(logits.shape[1], task).to(logits)
+    ways = (logits, logits + shift(threshold, len(yes), task).to(logits), logits + ALWAYS * yes)
+    return all(abs(metric(way) - f1(way, labels, task)) <= SAME for way in ways)
+
+
+def shift(threshold: float, outputs: int, task: Task) -> Tensor:
+    """What is added to logits so that one half stands where a threshold, at most one half, stood: `(outputs,)`."""
+    return math.log(1 / threshold - 1) * _yes(outputs, task)
+
+
+def _yes(outputs: int, task: Task) -> Tensor:
+    """1 for each output that stands for a yes, `(outputs,)`."""
+    yes = torch.ones(outputs, dtype=torch.float64)
     if task.problem_type == SINGLE_LABEL:
         yes[0] = 0
-    return HeadFit(fitted.weight, fitted.bias + math.log(1 / threshold - 1) * yes, fitted.penalty, None)
+    return yes
+
+
+def with_threshold(fitted: HeadFit, threshold: float, task: Task) -> HeadFit:
+    """The head that says yes, by one half, where this one's probability is above a threshold. It has a bias."""
+    assert fitted.bias is not None
+    bias = fitted.bias.double()
+    return HeadFit(fitted.weight, bias + shift(threshold, len(bias), task).to(bias), fitted.penalty, None)

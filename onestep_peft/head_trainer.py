@@ -316,10 +316,11 @@ class HeadTrainer(SharingTrainer):
 
     def take_up_head(self, chosen: HeadFit | None) -> None:
         """From a Trainer's checkpoint: the heads of the folds, and for more steps a head without the held-out rows."""
-        if self.fits_head() and self.another_pass() and self.held_out is not None and not self.one_step.walk.under_way:
+        if self.fits_head() and self.another_pass() and not self.one_step.walk.under_way:
             if chosen is not None:
                 self._install(chosen)
-            elif self._noted(BEFORE) is None:  # without the optimizer's state nobody knows what the head has seen
+            elif self.held_out is not None and self._noted(BEFORE) is None:
+                # Without the optimizer's state nobody knows what the head has seen.
                 self.fit_head()
                 return
         self.refit_fold_heads()

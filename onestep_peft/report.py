@@ -50,9 +50,9 @@ class StepReport:
             that the adapter's rank could not hold), "head_refitted" (whether the head was fitted again after the
             step, since held-out rows gained by it) and "last_fit" (of the last step, where the head was fitted to the
             held-out rows in the end: their number, "rows", and their mean "loss", each under a head that leaves it
-            out; else None), and "decision" (of the last step, where the head was tuned to decide as an F1 asks: that
-            "metric", the "threshold", from which probability on it says yes, and the score to be "expected" of the
-            held-out rows; else None).
+            out; else None).
+        threshold: Where the head was made to decide as an F1 asks: that "metric" by its name, the "value", from which
+            probability on it says yes, and the score "expected" then of rows like the held-out ones; else empty.
         datasets: Ids on the Hub by what their rows did: "train", "search", "evaluation". Rows do not say where they
             come from: the command fills this in; in Python, set it before `save_model`.
         metrics: By stage: "base" (as loaded), "head" (its fresh head fitted, a walk's to its first slice; None where it
@@ -76,6 +76,7 @@ class StepReport:
     peak_memory_bytes: int = 0
     steps: list[dict[str, Any]] = field(default_factory=list)
     datasets: dict[str, list[str]] = field(default_factory=dict)
+    threshold: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[str, float] | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
     scored_on: str = "eval_dataset"
     class_counts: dict[str, int] = field(default_factory=dict)
@@ -118,6 +119,8 @@ class StepReport:
             return "`labels` holds more than names"
         if not all(isinstance(digest, str) for digest in self.files.values()):
             return "`files` holds more than checksums"
+        if self.threshold and not _is_threshold(self.threshold):
+            return f"`threshold` is {self.threshold}"
         if self.outputs < 0:
             return f"`outputs` is {self.outputs}"
         return None
@@ -130,7 +133,7 @@ class StepReport:
         text = table({stage: self.metrics[stage] or {} for stage in stages})
         recall = {stage: self.class_recall[stage] for stage in STAGES if self.class_recall.get(stage)}
         text += recall_table(recall, self.class_counts)
-        return text + (f"({self.doubt})\n" if self.doubt else "")
+        return text + "".join(f"({told})\n" for told in (self.doubt, self.decision) if told)
 
     @property
     def doubt(self) -> str | None:
@@ -138,9 +141,20 @@ class StepReport:
         if self.scored_on != HELD_OUT:
             return None
         doubt = "on the held-out rows, which also chose the step: expect a little less on other rows"
-        after = {"last_fit": "the head was fitted to them", "decision": "its threshold was taken from them"}
-        told = [text for what, text in after.items() if any(step.get(what) for step in self.steps)]
-        return f"{doubt}; {' and '.join(told)} after that" if told else doubt
+        taught = any(step.get("last_fit") for step in self.steps)
+        doubt += "; the head was fitted to them after that" if taught else ""
+        return doubt + ("; these scores are from before it got its threshold" if self.threshold else "")
+
+    @property
+    def decision(self) -> str | None:
+        """From where on the head says yes, where that is not one half."""
+        if not self.threshold:
+            return None
+        metric, value, expected = (self.threshold[name] for name in ("metric", "value", "expected"))
+        return (
+            f"for {metric} the head says yes from a probability of {value:.2g} on ({expected:.2f} is to be expected): "
+            "by its bias, so its probabilities are too high, which the loss shows"
+        )
 
     def summary(self) -> str:
         """What each step did, a line each."""
@@ -151,8 +165,6 @@ class StepReport:
             fall += " with the head fitted again" if step.get("head_refitted") else ""
             if last := step.get("last_fit"):
                 fall += f", then to the held-out rows, too ({last['loss']:.4f} where left out)"
-            if tuned := step.get("decision"):
-                fall += f", then yes from a probability of {tuned['threshold']:.2f} on, for {tuned['metric']}"
             lines.append(
                 f"step {number}: {step['direction']}, step size {step['step_size']:.4g}{fall}; {step['reason']}"
             )
@@ -177,6 +189,11 @@ class StepReport:
             _draw(axis, step, f"step {number}, " if len(searched) > 1 else "")
         figure.savefig(path, dpi=120, metadata={"Software": None})
         return True
+
+
+def _is_threshold(found: dict[str, Any]) -> bool:
+    numbers = [found.get("value"), found.get("expected")]
+    return isinstance(found.get("metric"), str) and all(isinstance(n, float) and 0 < n <= 1 for n in numbers)
 
 
 def table(scores: Mapping[str, Mapping[str, float]]) -> str:
@@ -267,7 +284,6 @@ def step_record(outcome: StepOutcome) -> dict[str, Any]:
         "parts": [{"part": name, "points": [list(point) for point in result.points]} for name, result in outcome.parts],
         "head_refitted": outcome.head_refitted,
         "last_fit": outcome.last_fit,
-        "decision": outcome.decision,
     }
 
 

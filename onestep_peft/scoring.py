@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_pt_utils import nested_numpify
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from onestep_peft.config import OneStepConfig
 from onestep_peft.errors import nearest
@@ -90,7 +91,7 @@ class ScoringTrainer(ResumableTrainer):
         self.report.scored_on = "eval_dataset" if self.evaluation_sets else HELD_OUT
         with self.clock("evaluation"):
             before = self.report.metrics["head"] or self.report.metrics["base"]  # neither in a resumed run
-            if stage == "after" and before and not any(outcome.accepted for outcome in self.one_step.outcomes):
+            if stage == "after" and before and self.is_as_before:
                 self.report.metrics["after"] = before
                 recall = self.report.class_recall
                 if before_recall := recall.get("head") or recall.get("base"):
@@ -103,6 +104,28 @@ class ScoringTrainer(ResumableTrainer):
                     tally.add(self._last_tally)
                 self.report.metrics[stage] = scores
                 self._report_classes(stage, tally)
+
+    @property
+    def is_as_before(self) -> bool:
+        """Whether the run has left the model as it was at the stage before the step."""
+        return not any(outcome.accepted for outcome in self.one_step.outcomes)
+
+    def metrics_of(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """What `compute_metrics` says of some items, asked as an evaluation asks it.
+
+        Args:
+            logits: `(items, outputs)`.
+            labels: `(items,)`, or `(items, outputs)`.
+        """
+        assert self.compute_metrics is not None
+        logits, labels = logits.float().cpu(), labels.cpu()
+        kept = self.preprocess_logits_for_metrics
+        predictions = kept(logits, labels) if kept is not None else logits
+        if self.args.batch_eval_metrics:
+            found = self.compute_metrics(EvalPrediction(predictions, labels), compute_result=True)  # type: ignore
+        else:
+            found = self.compute_metrics(EvalPrediction(nested_numpify(predictions), labels.numpy()))
+        return {name.removeprefix("eval_"): value for name, value in found.items()}
 
     def _report_classes(self, stage: str, tally: Tally) -> None:
         """What the scored rows have of each class, and the share of it that is found at this stage."""

@@ -143,7 +143,7 @@ class OneStepTrainer(SavingTrainer):
             if compute_metrics is not None:
                 preprocess_logits_for_metrics = self.predicted
                 config.batch_eval_metrics = True
-        self.scored_by = [str(getattr(metric, "name", metric)) for metric in resolved]
+        self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]
         data_collator = data_collator or collator_for(self.task, tokenizer, self._method is prompt_tuning)
         check_lengths(prepared.sets.train, self.task, data_collator, tokenizer)
         self.report = StepReport()
@@ -365,7 +365,7 @@ class OneStepTrainer(SavingTrainer):
             "parts": (self.parts, self._config.max_steps) if self.parts > 1 else None,
             "adapter": described(self.bare_model),
             "collator": type(self.data_collator).__qualname__,
-            "metrics": [*self.scored_by, getattr(self.compute_metrics, "__qualname__", "")],
+            "metrics": [*self._metric_names, getattr(self.compute_metrics, "__qualname__", "")],
         }
 
     # The report

@@ -16,7 +16,7 @@ from onestep_peft.slices import rows_of_the_lead
 from onestep_peft.step.outcome import WALK
 
 from . import baselines
-from .settings import F1_SETS, MAX_LENGTH, Setting
+from .settings import MAX_LENGTH, Setting
 
 RANK = 8
 
@@ -24,12 +24,10 @@ RANK = 8
 def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str, Any]:
     """A run with defaults, or with these options of the config; the score of the head alone comes with it.
 
-    Where the score is an F1 the trainer is told so, as AdamW's rate is chosen by it.
+    The trainer is told the name of the score, by which AdamW's rate is chosen, too: where it is an F1 the head decides
+    by it.
     """
     stages: list[dict[str, Any]] = []
-    by_f1 = setting.name in F1_SETS
-    if by_f1:
-        options = {"metric_for_best_model": "f1", **options}
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         stages.append(setting.scores(prediction.predictions, prediction.label_ids))
@@ -40,26 +38,24 @@ def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str
             model=setting.model(),
             args=OneStepConfig(
                 output_dir=folder, method=method, seed=setting.seed, disable_tqdm=True, report_to="none",
-                max_length=MAX_LENGTH, **options,
+                max_length=MAX_LENGTH, metric_for_best_model="score", **options,
             ),
             train_dataset=Dataset.from_list(setting.train()),
             search_dataset=Dataset.from_list(setting.search()),
             eval_dataset=Dataset.from_list(setting.test()),
             processing_class=setting.tokenizer(),
             peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK) if method == "lora" else None,
-            **({"metrics": ["f1"]} if by_f1 else {"compute_metrics": compute_metrics}),
+            compute_metrics=compute_metrics,
         )  # fmt: skip
         trainer.train()
-        if by_f1:
-            stages.append(setting.scores(*trainer.predict(trainer.eval_dataset)[:2]))
     report = trainer.report
     slices = int(trainer.args.slices)
     return {
         # The head that a walk begins with knows its first slice only.
-        "head": stages[1] if slices == 1 and not by_f1 else baselines.head_alone(setting),
+        "head": stages[1] if slices == 1 else baselines.head_alone(setting),
         "test": stages[-1],
+        **({"threshold": report.threshold["value"]} if report.threshold else {}),
         "accepted": [step["accepted"] for step in report.steps],
-        **({"decision": report.steps[-1]["decision"]} if by_f1 else {}),
         "directions": [step["direction"] for step in report.steps],
         "seconds": report.seconds,
         "forwards": forwards(report, slices),

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib import pyplot
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, norm
 
 from .baselines import PROMPT_RATES, RATES
 from .settings import unpacked
@@ -133,19 +133,23 @@ def pooled_gap(arm: str, all_of_them: Iterable[Comparison], than: str = ADAMW) -
 
 
 def harm(rows: Sequence[Row]) -> str:
-    """Whether an accepted step has lowered a test score: McNemar's exact test of head against step, run by run.
+    """Whether an accepted step has lowered a test score: head against step, run by run, on the same test rows.
 
-    Only rows that one of the two gets right and the other wrong say something; the smallest p is corrected for the
-    number of runs (Bonferroni).
+    By McNemar's exact test: only rows that one of the two gets right and the other wrong say something. Of an F1 by its
+    difference in standard errors. The smallest p is corrected for the number of runs (Bonferroni).
     """
     worse, ps = 0, []
     for row in (row for seeds in comparisons(rows).values() for one in seeds for row in one.arms.values()):
         if not any(row.get("accepted", ())):
             continue
+        gain, error = difference(row["test"], row["head"])
+        worse += gain < 0
+        if "positive" in row["test"]:
+            ps.append(float(norm.cdf(gain / error)) if error > 0 else 1.0)
+            continue
         before, after = unpacked(row["head"]["right"]), unpacked(row["test"]["right"])
         lost = sum(b and not a for b, a in zip(before, after, strict=True))
         won = sum(a and not b for b, a in zip(before, after, strict=True))
-        worse += lost > won
         ps.append(binomtest(lost, lost + won, alternative="greater").pvalue if lost + won else 1.0)
     if not ps:
         return "No step was accepted."

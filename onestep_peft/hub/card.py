@@ -61,6 +61,7 @@ def card(report: StepReport, repo_id: str | None = None) -> str:
             table=markdown_table(report),
             fitted=bool(report.metrics.get("head")),
             doubt=report.doubt,
+            decision=report.decision,
         )
     )
 
@@ -116,9 +117,6 @@ def _step(step: dict[str, Any]) -> dict[str, str]:
     verdict = step["reason"] if step["accepted"] else f"{step['reason']}; the parameters are as before the step"
     verdict += "; the head was fitted again after it" if step.get("head_refitted") else ""
     verdict += "; in the end the head was fitted to the held-out rows, too" if step.get("last_fit") else ""
-    if tuned := step.get("decision"):
-        at = _number(tuned["threshold"])
-        verdict += f"; for its F1 the head was made to say yes from a probability of {at} on, so it gives higher ones"
     return {
         "direction": step["direction"],
         "size": f"{step['step_size']:.4g}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from onestep_peft.step.line_search import SearchResult
 
@@ -52,8 +51,7 @@ class StepOutcome:
 
     `step_size` and `candidates` speak of the first part of what moves, `parts` of the searches for the others. `reach`
     has, by part, the step size in units of the first one tried. `last_fit` has, of the head's fit to held-out rows,
-    their number ("rows") and their mean "loss" under heads that leave them out. `decision` has, where it is tuned, the
-    "metric", the "threshold" from which probability on the head says yes, and the score to be "expected".
+    their number ("rows") and their mean "loss" under heads that leave them out.
     """
 
     direction: str
@@ -68,7 +66,6 @@ class StepOutcome:
     parts: list[tuple[str, SearchResult]] = field(default_factory=list)
     head_refitted: bool = False
     last_fit: dict[str, float] | None = None
-    decision: dict[str, Any] | None = None
     reach: dict[str, float] = field(default_factory=dict)
 
 

@@ -64,10 +64,15 @@ def test_scores_of_held_out_rows_are_told_as_such() -> None:
     taught = {**report().steps[0], "last_fit": {"rows": 60, "loss": 0.4}}
     text = card(report(**held, steps=[taught]), "user/adapter")
     assert "the head was fitted to them after that" in text and "fitted to the held-out rows, too" in text
-    tuned = {**taught, "decision": {"metric": "f1", "threshold": 0.2, "expected": 0.4}}
-    text = card(report(**held, steps=[tuned]), "user/adapter")
-    assert "fitted to them and its threshold was taken from them after that" in text
-    assert "made to say yes from a probability of 0.2" in text
+
+
+def test_from_where_on_it_says_yes_is_told() -> None:
+    assert "says yes" not in card(report(), "user/adapter")
+    tuned = {"threshold": {"metric": "f1", "value": 0.2, "expected": 0.4}}
+    text = card(report(**tuned), "user/adapter")
+    assert "says yes from a probability of 0.2 on (0.40 is to be expected)" in text and "its threshold" not in text
+    text = card(report(**tuned, scored_on="held-out rows"), "user/adapter")
+    assert "these scores are from before it got its threshold" in text
 
 
 def test_it_comes_from_the_json_alone() -> None:
