@@ -192,18 +192,11 @@ def default_names(task: Task, labels: Sequence[str]) -> list[str]:
     return [name for name in task.metrics if name != "entity_f1" or any(label.startswith("B-") for label in labels)]
 
 
-def or_default(
-    metrics: Sequence[evaluate.EvaluationModule], task: Task, labels: Sequence[str]
-) -> Sequence[evaluate.EvaluationModule]:
-    """The metrics that the user gives, or else the task's."""
-    return metrics or resolve(default_names(task, labels))
-
-
 def function_for(
     metrics: Sequence[evaluate.EvaluationModule], task: Task, labels: Sequence[str]
 ) -> Callable[..., dict[str, float]] | None:
     """`compute_metrics` for the metrics that the user gives, or else the task's; None where there are neither."""
-    metrics = or_default(metrics, task, labels)
+    metrics = metrics or resolve(default_names(task, labels))
     return compute_metrics(metrics, task, labels) if metrics else None
 
 

@@ -143,16 +143,16 @@ class StepReport:
         doubt = "on the held-out rows, which also chose the step: expect a little less on other rows"
         taught = any(step.get("last_fit") for step in self.steps)
         doubt += "; the head was fitted to them after that" if taught else ""
-        return doubt + ("; these scores are from before it got its threshold" if self.threshold else "")
+        return doubt + ("; these scores are from before the head got its threshold" if self.threshold else "")
 
     @property
     def decision(self) -> str | None:
         """From where on the head says yes, where that is not one half."""
         if not self.threshold:
             return None
-        metric, value, expected = (self.threshold[name] for name in ("metric", "value", "expected"))
+        value, expected = self.threshold["value"], self.threshold["expected"]
         return (
-            f"for {metric} the head says yes from a probability of {value:.2g} on ({expected:.2f} is to be expected): "
+            f"for its F1 the head says yes from a probability of {value:.2g} on ({expected:.2f} is to be expected): "
             "by its bias, so its probabilities are too high, which the loss shows"
         )
 

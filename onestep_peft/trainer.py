@@ -109,7 +109,7 @@ class OneStepTrainer(SavingTrainer):
             raise ValueError("`train_dataset` is missing: one step is worked out from the training rows.")
         if metrics is not None and compute_metrics is not None:
             raise ValueError("`metrics` and `compute_metrics` are both given. Leave one of them out.")
-        resolved: Sequence[Any] = metric_names.resolve([metrics] if isinstance(metrics, str) else metrics or ())
+        resolved = metric_names.resolve([metrics] if isinstance(metrics, str) else metrics or ())
         template = model_init() if model is None and model_init is not None else model
         if isinstance(template, os.PathLike):
             template = os.fspath(template)
@@ -136,14 +136,15 @@ class OneStepTrainer(SavingTrainer):
         in_pass, outputs = select(prepared.sets.train, self.pass_rows), self._template_config.num_labels
         config.slices = number_of_slices(config, in_pass, self.task, outputs)
         config.max_steps *= config.slices
+        self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]
+        self._metric_names.append(getattr(compute_metrics, "__qualname__", ""))
         if compute_metrics is None:
-            labels = labels_of(self._template_config, self.task)
-            resolved = metric_names.or_default(resolved, self.task, labels)
-            compute_metrics = metric_names.compute_metrics(resolved, self.task, labels) if resolved else None
+            compute_metrics = metric_names.function_for(
+                resolved, self.task, labels_of(self._template_config, self.task)
+            )
             if compute_metrics is not None:
                 preprocess_logits_for_metrics = self.predicted
                 config.batch_eval_metrics = True
-        self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]
         data_collator = data_collator or collator_for(self.task, tokenizer, self._method is prompt_tuning)
         check_lengths(prepared.sets.train, self.task, data_collator, tokenizer)
         self.report = StepReport()
@@ -365,7 +366,7 @@ class OneStepTrainer(SavingTrainer):
             "parts": (self.parts, self._config.max_steps) if self.parts > 1 else None,
             "adapter": described(self.bare_model),
             "collator": type(self.data_collator).__qualname__,
-            "metrics": [*self._metric_names, getattr(self.compute_metrics, "__qualname__", "")],
+            "metrics": self._metric_names,
         }
 
     # The report

@@ -291,7 +291,7 @@ def test_a_head_without_a_bias_decides_as_it_did(tmp_path: Path) -> None:
 def test_without_an_evaluation_set_the_held_out_rows_are_scored_before(tmp_path: Path) -> None:
     tuned, plain = (run(tmp_path / str(one), eval_dataset=None, tune_threshold=one) for one in (True, False))
     assert tuned.report.threshold and tuned.report.metrics["after"] == plain.report.metrics["after"]
-    assert "from before it got its threshold" in tuned.report.table()
+    assert "from before the head got its threshold" in tuned.report.table()
 
 
 @pytest.mark.parametrize("what", ["the threshold", "the last fit"])

@@ -72,7 +72,7 @@ def test_from_where_on_it_says_yes_is_told() -> None:
     text = card(report(**tuned), "user/adapter")
     assert "says yes from a probability of 0.2 on (0.40 is to be expected)" in text and "its threshold" not in text
     text = card(report(**tuned, scored_on="held-out rows"), "user/adapter")
-    assert "these scores are from before it got its threshold" in text
+    assert "these scores are from before the head got its threshold" in text
 
 
 def test_it_comes_from_the_json_alone() -> None:
