@@ -43,12 +43,9 @@ def chances(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
     """
     logits, labels = labelled(logits.double(), labels, task)
     if task.problem_type == MULTI_LABEL:
-        return logits.sigmoid()[_known(logits, labels, task)]
+        decided, true = task.aligned(logits.sigmoid(), labels)
+        return decided[true != UNLABELLED]
     return logits.softmax(1)[:, 1]
-
-
-def _known(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
-    return task.aligned(logits, labels)[1] != UNLABELLED
 
 
 def best_f1(probabilities: Tensor) -> float | None:
@@ -72,7 +69,7 @@ def f1(logits: Tensor, labels: Tensor, task: Task) -> float:
     """The F1 of the decisions by one half; 0 where nobody says yes and nothing is one."""
     logits, labels = labelled(logits, labels, task)
     said, true = task.aligned(task.predict(logits), labels)
-    known = _known(logits, labels, task)
+    known = true != UNLABELLED
     said, true = said[known].eq(1), true[known].eq(1)
     either = int(said.sum() + true.sum())
     return 2 * int((said & true).sum()) / either if either else 0.0
@@ -92,7 +89,7 @@ def is_f1(metric: Callable[[Tensor], float], logits: Tensor, labels: Tensor, tas
 
 
 def shift(threshold: float, outputs: int, task: Task) -> Tensor:
-    """What is added to logits so that one half stands where a threshold, at most one half, stood: `(outputs,)`."""
+    """What is added to logits so that one half stands where a threshold stood: `(outputs,)`."""
     return math.log(1 / threshold - 1) * _yes(outputs, task)
 
 

@@ -22,9 +22,9 @@ LORA_ADAMW, PROMPT_ADAMW = "adamw", "prompt adamw"
 OURS = ("one step, lora", "one step, full", "three steps, lora", "three steps, full", "one step of all rows, lora")
 # AdamW's best setting, and the head alone, with the search rows among the training rows.
 SEARCH_TOO = "tuned adamw, search rows too"
-# And that setting with a threshold for the F1 that the search rows choose.
-THRESHOLD_TOO = "tuned adamw, threshold too"
 HEAD_TOO = "head alone, search rows too"
+# AdamW's best setting with a threshold for the F1 that the search rows choose.
+THRESHOLD_TOO = "tuned adamw, threshold too"
 OTHERS = (
     HEAD_TOO, SEARCH_TOO, THRESHOLD_TOO, "lora_one step", "sign step", "lora_ga, 1 step", "lora_ga, 1 epoch", "setfit",
 )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,9 +22,9 @@ def scores(setting: Setting, logits: Any, labels: Any, test_logits: Any, test_la
     """
     logits, labels, there = torch.as_tensor(logits).double(), torch.as_tensor(labels), torch.as_tensor(test_logits)
     found = {"test": by_chances(logits, labels), "by count": by_count(logits.softmax(1)[:, 1], labels)}
-    no_yes = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    shifts = {name: f1_threshold.shift(at, 2, TEXT_CLASSIFICATION) for name, at in found.items()}
     return {
-        name: {"threshold": at, **setting.scores(there.double() + math.log(1 / at - 1) * no_yes, test_labels)}
+        name: {"threshold": at, **setting.scores(there.double() + shifts[name], test_labels)}
         for name, at in found.items()
     }
 
