@@ -7,13 +7,13 @@
 base weights in bf16 and autocast. What to expect:
 
 - Memory. Both hold the weights and the activations of a micro-batch. AdamW adds 16 bytes a parameter of the adapter,
-  one step the statistics of every layer, in fp32: 4 · (d_in² + d_out² + d_in · d_out) bytes, whatever the batch. Where
-  the inner width is four times the outer one these are four to five times the layers' weights in fp32 (MiniLM
-  0.2 GiB, 1B 18 GiB), so covariances and not activations set the peak. The step itself works a layer at a time, in
-  float64.
+  one step the statistics of every layer, in fp32, with m the smaller of its widths:
+  4 · (d_in · m + d_out · m + d_in · d_out) bytes, whatever the batch: about three times the layers' weights in fp32
+  where the inner width is four times the outer one (MiniLM 0.1 GiB, 1B 8.5 GiB). The step itself works a layer at a
+  time, in float64.
 - Speed. A token costs a frozen layer 4 · d_in · d_out flops forward and backward, and its statistics
-  2 · (d_in² + d_out² + d_in · d_out) more: over a block 2.25 times as many, and in fp32 even under bf16. So in fp32 a
-  pass takes up to 3.3 times as long as the epoch, and in bf16, where a card's fp32 units are slow, much longer.
+  2 · (d_in · m + d_out · m + d_in · d_out) more: over a block 1.4 times as many, and in fp32 even under bf16. So in
+  fp32 a pass takes up to 2.4 times as long as the epoch, and in bf16, where a card's fp32 units are slow, much longer.
 
 (b) A plain `sgd` step of full bf16 weights with activation checkpointing. Gradients are summed in fp32 (a bf16 sum
 loses small addends), so weights and gradient are 2 + 4 bytes a parameter. Beyond them:
@@ -108,8 +108,8 @@ def loads(size: str) -> tuple[dict[str, Load], Load]:
         return {"MiniLM": Load(bert, 16, 16, 8), "1B": Load(small, 8, 16, 4)}, Load(small, 4, 16, 1)
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     return {
-        "MiniLM": Load(minilm, 16_384, 128, 64),
-        "1B": Load(llama(2048, 8192, 16, 32, 8, 32_000), 256, 1024, 4),
+        "MiniLM": Load(minilm, 4_096, 128, 64),
+        "1B": Load(llama(2048, 8192, 16, 32, 8, 32_000), 32, 1024, 4),
     }, Load(llama(4096, 11_008, 32, 32, 32, 32_000), 8, 512, 1)
 
 
