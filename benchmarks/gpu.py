@@ -12,8 +12,8 @@ base weights in bf16 and autocast. What to expect:
   where the inner width is four times the outer one (MiniLM 0.1 GiB, 1B 8.5 GiB). The step itself works a layer at a
   time, in float64.
 - Speed. A token costs a frozen layer 4 · d_in · d_out flops forward and backward, and its statistics
-  2 · (d_in · m + d_out · m + d_in · d_out) more: over a block 1.4 times as many, and in fp32 even under bf16. So in
-  fp32 a pass takes up to 2.4 times as long as the epoch, and in bf16, where a card's fp32 units are slow, much longer.
+  2 · (d_in · m + d_out · m + d_in · d_out) more: over a block 1.25 times as many, and in fp32 even under bf16. So in
+  fp32 a pass takes up to 2.3 times as long as the epoch, and in bf16, where a card's fp32 units are slow, much longer.
 
 (b) A plain `sgd` step of full bf16 weights with activation checkpointing. Gradients are summed in fp32 (a bf16 sum
 loses small addends), so weights and gradient are 2 + 4 bytes a parameter. Beyond them:
