@@ -183,8 +183,8 @@ def quiet() -> None:
 
 def settings(data: Path) -> list[Setting]:
     """The matrix, one seed after the other."""
-    small = [Setting(data, name, SMALL, seed) for seed in SEEDS for name in SMALL_SETS]
-    return [*small, *(Setting(data, name, LARGE, 0) for name in LARGE_SETS)]
+    sizes = ((SMALL, SMALL_SETS), (LARGE, LARGE_SETS))
+    return [Setting(data, name, rows, seed) for rows, sets in sizes for seed in SEEDS for name in sets]
 
 
 Run = tuple[str, Setting]

@@ -16,14 +16,14 @@ from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task
 
-# A walk has at most so many slices, and leaves at least so many rows to each small step.
-SLICES, SLICE_ROWS = 26, 32
+# A walk has at most so many slices, and leaves at least so many rows to each small step, or so many of a language
+# model's tokens.
+SLICES, SLICE_ROWS, SLICE_ITEMS = 101, 40, 3_000
 # The first step of a walk is worked out from this share of the rows.
 LEAD = 0.2
 # Length of the first small step by that of the step itself, for a slice of one row. It grows with the root of a slice's
-# rows: so does what a gradient of theirs tells over its noise. With 16 rows a tenth was best, with 50 two tenths, with
-# 160 three.
-PACE = 0.025
+# rows: so does what a gradient of theirs tells over its noise. Where it is too long the first slices tell (`ASTRAY`).
+PACE = 0.05
 # That first slice has to teach a head, and to show a direction: it needs so many rows, and so many by class.
 LEAD_ROWS, LEAD_ROWS_BY_CLASS = 300, 16
 # From so many tokens that a language model learns on, the rows are walked through in slices.
@@ -45,10 +45,10 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int)
         if task.has_head:
             # Several steps with a head have all rows each, and bodies that are out of fold.
             enough = int(LEAD * len(rows)) >= max(LEAD_ROWS, LEAD_ROWS_BY_CLASS * outputs)
-            small = int((1 - LEAD) * len(rows)) // SLICE_ROWS
-            return min(SLICES, 1 + small) if enough and config.max_steps == 1 else 1
+            walks = enough and config.max_steps == 1
+            return min(SLICES, 1 + int((1 - LEAD) * len(rows)) // SLICE_ROWS) if walks else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
-        return min(SLICES, len(rows)) if items >= WALK_ITEMS else 1
+        return min(SLICES, len(rows), 1 + int((1 - LEAD) * items) // SLICE_ITEMS) if items >= WALK_ITEMS else 1
     slices = int(config.slices)
     if slices > len(rows):
         raise ValueError(
@@ -63,10 +63,14 @@ def rows_of_the_lead(rows: int, slices: int, lead: float = LEAD) -> int:
     return max(equal, min(int(lead * rows), rows - slices + 1))  # a row at least for each of the others
 
 
-def pace(rows: int, slices: int) -> float:
-    """Length of the first small step of a walk through so many rows, by that of the step that it goes on from."""
-    each = (rows - rows_of_the_lead(rows, slices)) / max(slices - 1, 1)
-    return min(1.0, PACE * math.sqrt(each))
+def rows_of_the_others(rows: int, slices: int) -> float:
+    """How many rows each slice of a walk but the first has, on average."""
+    return (rows - rows_of_the_lead(rows, slices)) / max(slices - 1, 1)
+
+
+def pace(slice_rows: float) -> float:
+    """Length of the first small step of a walk through slices of so many rows, by that of the step it goes on from."""
+    return min(1.0, PACE * math.sqrt(slice_rows))
 
 
 def number_of_shares(config: OneStepConfig, rows: int) -> int:

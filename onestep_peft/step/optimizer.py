@@ -238,7 +238,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
                 losses = best_trial(trials)  # the model stands where they were seen
                 self.walk.begin(
                     evidence, so_far, damping=settings.damping, pace=settings.pace, slices=settings.slices,
-                    loss=self.loss, losses=losses,
+                    slice_rows=settings.slice_rows, losses=losses,
                 )  # fmt: skip
             kept = outcome.accepted
         finally:  # an error or an interruption in the search leaves the model as it was

@@ -27,6 +27,7 @@ class StepSettings:
             others go on from there; see `step.walk`.
         parts: Into how many parts the rows are dealt, each with a body of its own; see `step.bodies`.
         pace: Length of a walk's first small step by that of the step that it goes on from.
+        slice_rows: Rows of each slice of a walk but the first, on average.
     """
 
     directions: Sequence[str]
@@ -38,6 +39,7 @@ class StepSettings:
     slices: int = 1
     parts: int = 1
     pace: float = 0.0
+    slice_rows: float = 1.0
 
     @property
     def walks(self) -> bool:

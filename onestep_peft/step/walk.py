@@ -11,6 +11,7 @@ manifold, its tangent space and the way back to it); You et al., "Large batch op
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -30,8 +31,9 @@ from onestep_peft.step.natural import RowGradients
 from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.statistics import LayerStatistics, Statistics
 
-# A slice whose mean loss is above this multiple of the first rows' tells that the walk has gone astray.
-ASTRAY = 1.5
+# A slice's mean loss above this multiple of what held-out rows lost where the walk began, and so many standard errors
+# of such a slice's mean above that, tells that the walk has gone astray: a few dozen rows lose more now and then.
+ASTRAY, ERRORS = 1.5, 3.0
 Products = Mapping[str, LowRank | None]
 
 
@@ -137,7 +139,7 @@ class Walk:
         damping: float,
         pace: float,
         slices: int,
-        loss: float,
+        slice_rows: float,
         losses: Tensor,
     ) -> None:
         """Notes the metric, the pace and the place from which the walk goes on.
@@ -148,10 +150,12 @@ class Walk:
             damping: As in `damped_root`.
             pace: See there.
             slices: Of the whole walk.
-            loss: Mean loss of the step's rows, in nats.
+            slice_rows: Of each of the slices that follow.
             losses: Of the held-out rows after the step, `(rows,)`.
         """
-        kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("loss", loss), ("pace", pace))}
+        error = float(losses.std(correction=0)) / math.sqrt(slice_rows)
+        numbers = {"pace": pace, "astray": ASTRAY * float(losses.mean()) + ERRORS * error}
+        kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         kept["slices"] = torch.tensor(slices)
         kept["losses"] = losses.detach().clone()
         for layer in self._layers:
@@ -175,10 +179,10 @@ class Walk:
             statistics: Of the slice, by layer name.
             gradients: Of the slice.
             left: Which share of the walk is left, 1 at its beginning.
-            loss: Mean loss of the slice's rows before the step, in nats. Far above that of the step's own rows it sends
-                the walk back to where it began, to go on at half the pace.
+            loss: Mean loss of the slice's rows before the step, in nats. Far above that of the held-out rows at the
+                walk's beginning it sends the walk back there, to go on at half the pace.
         """
-        if not loss <= ASTRAY * float(self._kept["loss"]):
+        if not loss <= float(self._kept["astray"]):
             self.go_back()
             self._kept["pace"] = self._kept["pace"] / 2
             return
