@@ -48,7 +48,8 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int)
             walks = enough and config.max_steps == 1
             return min(SLICES, 1 + int((1 - LEAD) * len(rows)) // SLICE_ROWS) if walks else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
-        return min(SLICES, len(rows), 1 + int((1 - LEAD) * items) // SLICE_ITEMS) if items >= WALK_ITEMS else 1
+        most = 1 + len(rows) - max(1, int(LEAD * len(rows)))  # a row at least for each
+        return min(SLICES, most, 1 + int((1 - LEAD) * items) // SLICE_ITEMS) if items >= WALK_ITEMS else 1
     slices = int(config.slices)
     if slices > len(rows):
         raise ValueError(
@@ -71,6 +72,15 @@ def rows_of_the_others(rows: int, slices: int) -> float:
 def pace(slice_rows: float) -> float:
     """Length of the first small step of a walk through slices of so many rows, by that of the step it goes on from."""
     return min(1.0, PACE * math.sqrt(slice_rows))
+
+
+def of_small_steps(rows: int, slices: int, task: Task) -> tuple[float, float]:
+    """The pace of a walk through so many rows, and how many rows say how far chance may take a slice's mean loss.
+
+    In tasks by token that is an infinite number: of thousands of tokens the mean is no chance.
+    """
+    each = rows_of_the_others(rows, slices)
+    return pace(each), math.inf if task.by_token else each
 
 
 def number_of_shares(config: OneStepConfig, rows: int) -> int:

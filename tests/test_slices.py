@@ -15,7 +15,16 @@ from onestep_peft import OneStepTrainer, head
 from onestep_peft import slices as slices_module
 from onestep_peft.held_out import by_content, listed
 from onestep_peft.out_of_fold import fold_of_each
-from onestep_peft.slices import PartedRows, SlicedRows, number_of_shares, number_of_slices, pace, rows_of_the_others
+from onestep_peft.slices import (
+    PartedRows,
+    SlicedRows,
+    number_of_shares,
+    number_of_slices,
+    of_small_steps,
+    pace,
+    rows_of_the_lead,
+    rows_of_the_others,
+)
 from onestep_peft.step import optimizer as optimizer_module
 from onestep_peft.step import walk
 from onestep_peft.step.guard import Verdict
@@ -118,6 +127,11 @@ def test_the_first_slice_of_a_walk_is_the_longest() -> None:
     assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in tokenised(ROWS))
 
 
+def test_tokens_are_too_many_for_chance() -> None:
+    assert of_small_steps(500, 13, TEXT_CLASSIFICATION) == (pace(400 / 12), pytest.approx(400 / 12))
+    assert of_small_steps(500, 13, TEXT_GENERATION) == (pace(400 / 12), float("inf"))
+
+
 def test_the_pace_grows_with_the_root_of_a_slices_rows() -> None:
     assert rows_of_the_others(500, 13) == pytest.approx(400 / 12) and rows_of_the_others(100, 1) == 0
     assert pace(400 / 12) == pytest.approx(slices_module.PACE * (400 / 12) ** 0.5)
@@ -153,6 +167,7 @@ def test_a_walk_searches_once_and_goes_on_from_there(tmp_path: Path) -> None:
     assert step["accepted"] and len(step["candidates"]) == 2 and step["share_moved"] > 0
     assert small["direction"] == "walk" and not small["candidates"] and small["accepted"]
     assert trainer.state.global_step == 6 and trainer.report.rows["gradient"] == 400
+    assert trainer.one_step.settings.slice_rows == 64 and trainer.one_step.settings.pace == pytest.approx(0.4)
     assert step["loss_after"] == small["loss_before"] != small["loss_after"]
     assert "step 2: walk, step size" in trainer.report.summary()
 
@@ -293,16 +308,20 @@ def test_every_method_walks(method: str, direction: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("rows", "tokens_each", "options", "expected"),
     [
-        (3, 20_000, {}, 1), (4, 20_000, {}, 4), (120, 20_000, {}, 101), (800, 100, {}, 22), (1_600, 100, {}, 43),
+        (3, 20_000, {}, 1), (4, 20_000, {}, 4), (40, 20_000, {}, 33), (130, 20_000, {}, 101), (800, 100, {}, 22),
+        (1_600, 100, {}, 43),
         (6, 20_000, {"slices": 2}, 2), (6, 20_000, {"slices": "2"}, 2), (6, 20_000, {"step_size": 0.1}, 1),
-        (120, 20_000, {"max_steps": 2}, 101),
+        (130, 20_000, {"max_steps": 2}, 101),
     ],
 )  # fmt: skip
 def test_auto_asks_how_many_tokens_a_language_model_learns(
     rows: int, tokens_each: int, options: dict[str, Any], expected: int, tmp_path: Path
 ) -> None:
     tokens = [{"labels": [UNLABELLED] + [1] * tokens_each} for _ in range(rows)]
-    assert number_of_slices(config_for(tmp_path, **options), tokens, TEXT_GENERATION, 0) == expected
+    found = number_of_slices(config_for(tmp_path, **options), tokens, TEXT_GENERATION, 0)
+    assert found == expected
+    if found > 2:  # chosen by auto: the first slice has its fifth
+        assert rows_of_the_lead(rows, found) == max(1, rows // 5)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class StepSettings:
             others go on from there; see `step.walk`.
         parts: Into how many parts the rows are dealt, each with a body of its own; see `step.bodies`.
         pace: Length of a walk's first small step by that of the step that it goes on from.
-        slice_rows: Rows of each slice of a walk but the first, on average.
+        slice_rows: Rows of each slice of a walk but the first, on average; see `step.walk.Walk.begin`.
     """
 
     directions: Sequence[str]

@@ -150,13 +150,13 @@ class Walk:
             damping: As in `damped_root`.
             pace: See there.
             slices: Of the whole walk.
-            slice_rows: Of each of the slices that follow.
+            slice_rows: Of each of the slices that follow; infinite where chance plays no part in their mean loss.
             losses: Of the held-out rows after the step, `(rows,)`.
         """
         error = float(losses.std(correction=0)) / math.sqrt(slice_rows)
         numbers = {"pace": pace, "astray": ASTRAY * float(losses.mean()) + ERRORS * error}
         kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        kept["slices"] = torch.tensor(slices)
+        kept |= {"moved": torch.tensor(False), "warned": torch.tensor(False), "slices": torch.tensor(slices)}
         kept["losses"] = losses.detach().clone()
         for layer in self._layers:
             record = evidence.statistics[layer.name]
@@ -180,11 +180,10 @@ class Walk:
             gradients: Of the slice.
             left: Which share of the walk is left, 1 at its beginning.
             loss: Mean loss of the slice's rows before the step, in nats. Far above that of the held-out rows at the
-                walk's beginning it sends the walk back there, to go on at half the pace.
+                walk's beginning the slice makes no step; so far twice in a row, the walk goes back there, to go on at
+                half the pace.
         """
-        if not loss <= float(self._kept["astray"]):
-            self.go_back()
-            self._kept["pace"] = self._kept["pace"] / 2
+        if self._is_astray(loss):
             return
         share = left * self.pace
         for layer in self._layers:
@@ -198,7 +197,21 @@ class Walk:
                     wide = self._wide(parameter)
                     wide.sub_(rate * gradient)
                     parameter.copy_(wide)
+        self._kept["moved"] = torch.tensor(True)
         processes.broadcast(self._parameters)
+
+    def _is_astray(self, loss: float) -> bool:
+        """Whether a slice's loss forbids a step; where it is the second one in a row, the walk is back."""
+        warned = bool(self._kept.get("warned", False))
+        # Where the walk began it cannot be astray, however hard a slice's rows are.
+        high = bool(self._kept.get("moved", True)) and loss > float(self._kept.get("astray", math.inf))
+        self._kept["warned"] = torch.tensor(high and not warned)
+        if math.isnan(loss) or (high and warned):
+            self.go_back()
+            self._kept["pace"] = self._kept["pace"] / 2
+            self._kept["moved"] = torch.tensor(False)
+            return True
+        return high
 
     def _move(self, layer: Layer | Prompt, gradient: Tensor, length: float) -> None:
         if gradient.dim() == 0:  # no row of the slice has reached it

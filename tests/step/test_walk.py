@@ -235,18 +235,59 @@ def test_a_walk_that_does_not_help_ends_where_it_began(guard: bool, monkeypatch:
     assert [one.direction for one in optimizer.ended_steps()] == ["kfac", WALK]
 
 
-@pytest.mark.parametrize("slice_rows", [4.0, 400.0])
-@pytest.mark.parametrize("by", [0.99, 1.01, math.nan])
-def test_rows_that_lose_far_more_send_the_walk_back_at_half_the_pace(by: float, slice_rows: float) -> None:
+def at_loss(optimizer: OneStepOptimizer, model: nn.Sequential, loss: float) -> list[Tensor]:
+    """The parameters after one more slice whose rows have lost so much, in units of what is too much."""
+    walk = optimizer.walk
+    losses, rows = walk.losses.double(), optimizer.settings.slice_rows
+    limit = ASTRAY * float(losses.mean()) + ERRORS * float((losses - losses.mean()).square().mean() / rows) ** 0.5
+    one_pass(optimizer, model, *data(seed=20), (ROWS,))
+    walk.advance(optimizer.statistics, optimizer.gradients, left=0.5, loss=loss * limit)
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(now: list[Tensor], then: list[Tensor]) -> bool:
+    return all(same_bits(one, other) for one, other in zip(now, then, strict=True))
+
+
+@pytest.mark.parametrize("slice_rows", [4.0, 400.0, math.inf])
+def test_slices_that_lose_far_more_twice_send_the_walk_back_at_half_the_pace(slice_rows: float) -> None:
     """Far more than by chance, too: few rows lose more now and then."""
     model = net()
-    optimizer, seen = walked(model, [in_place("first", model[0])], until=1, slice_rows=slice_rows)
-    pace, losses = optimizer.walk.pace, optimizer.walk.losses.double()
-    limit = ASTRAY * float(losses.mean()) + ERRORS * float((losses - losses.mean()).square().mean() / slice_rows) ** 0.5
+    optimizer, seen = walked(model, [in_place("first", model[0])], until=2, slice_rows=slice_rows)
+    pace = optimizer.walk.pace
+    there = at_loss(optimizer, model, 0.99)
+    assert not same(there, seen[1])
+    assert same(at_loss(optimizer, model, 1.01), there) and optimizer.walk.pace == pace  # a slice without a step
+    there = at_loss(optimizer, model, 0.99)
+    assert same(at_loss(optimizer, model, 1.01), there) and optimizer.walk.pace == pace  # it was the first in a row
+    assert same(at_loss(optimizer, model, 1.01), seen[0]) and optimizer.walk.pace == pace / 2
+
+
+def test_a_loss_that_is_no_number_sends_the_walk_back_at_once() -> None:
+    model = net()
+    optimizer, seen = walked(model, [in_place("first", model[0])], until=3)
+    pace = optimizer.walk.pace
+    assert same(at_loss(optimizer, model, math.nan), seen[0]) and optimizer.walk.pace == pace / 2
+
+
+def test_where_a_walk_began_it_is_not_astray_however_hard_the_rows_are() -> None:
+    model = net()
+    optimizer, seen = walked(model, [in_place("first", model[0])], until=1)
+    pace = optimizer.walk.pace
+    assert not same(at_loss(optimizer, model, 100.0), seen[0])
+    at_loss(optimizer, model, 100.0)
+    assert same(at_loss(optimizer, model, 100.0), seen[0]) and optimizer.walk.pace == pace / 2
+    assert not same(at_loss(optimizer, model, 100.0), seen[0]) and optimizer.walk.pace == pace / 2
+
+
+def test_a_walk_kept_before_it_could_go_astray_goes_on() -> None:
+    model = net()
+    optimizer, seen = walked(model, [in_place("first", model[0])], until=2)
+    kept = {name: one for name, one in optimizer.walk.tensors().items() if name not in ("astray", "moved", "warned")}
+    optimizer.walk.load(kept)
     one_pass(optimizer, model, *data(seed=20), (ROWS,))
-    optimizer.walk.advance(optimizer.statistics, optimizer.gradients, left=0.5, loss=by * limit)
-    back = all(same_bits(now.detach(), then) for now, then in zip(model.parameters(), seen[0], strict=True))
-    assert back is not (by < 1) and optimizer.walk.pace == (pace if by < 1 else pace / 2)
+    optimizer.walk.advance(optimizer.statistics, optimizer.gradients, left=0.5, loss=100.0)
+    assert not same([parameter.detach() for parameter in model.parameters()], seen[1])
 
 
 def test_a_walk_goes_on_from_what_was_kept_of_it() -> None:
