@@ -102,6 +102,10 @@ def as_product(name: str, module: nn.Linear, rank: int) -> Layer:
     return Layer(name, module, (d_out, d_in), float(start.norm()), rank, lambda: (held or [None])[0], write)
 
 
+def same(now: list[Tensor], then: list[Tensor]) -> bool:
+    return all(same_bits(one, other) for one, other in zip(now, then, strict=True))
+
+
 def walked(
     model: nn.Sequential, layers: list[Layer], until: int = SLICES, **changes: object
 ) -> tuple[OneStepOptimizer, list[list[Tensor]]]:
@@ -175,7 +179,7 @@ def test_small_steps_go_down_the_natural_gradient_at_a_falling_pace() -> None:
         down = natural(before, 10 + number)
         expected = before[0].weight.detach() - left * PACE * whole / length(down) * down
         assert torch.allclose(seen[number][0].double(), expected, rtol=1e-4, atol=1e-6)
-        assert all(same_bits(now, then) for now, then in zip(seen[number][1:], seen[number - 1][1:], strict=True))
+        assert same(seen[number][1:], seen[number - 1][1:])
 
 
 def test_an_update_of_rank_one_stays_one() -> None:
@@ -231,7 +235,7 @@ def test_a_walk_that_does_not_help_ends_where_it_began(guard: bool, monkeypatch:
     walk = optimizer.outcomes[-1]
     assert walk.loss_after > walk.loss_before and walk.accepted is not guard
     assert walk.reason.startswith("refused" if guard else "accepted")
-    assert all(same_bits(now, then) for now, then in zip(seen[-1], seen[0], strict=True)) is guard
+    assert same(seen[-1], seen[0]) is guard
     assert [one.direction for one in optimizer.ended_steps()] == ["kfac", WALK]
 
 
@@ -243,10 +247,6 @@ def at_loss(optimizer: OneStepOptimizer, model: nn.Sequential, loss: float) -> l
     one_pass(optimizer, model, *data(seed=20), (ROWS,))
     walk.advance(optimizer.statistics, optimizer.gradients, left=0.5, loss=loss * limit)
     return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def same(now: list[Tensor], then: list[Tensor]) -> bool:
-    return all(same_bits(one, other) for one, other in zip(now, then, strict=True))
 
 
 @pytest.mark.parametrize("slice_rows", [4.0, 400.0, math.inf])
@@ -306,7 +306,7 @@ def test_a_walk_goes_on_from_what_was_kept_of_it() -> None:
         walk.advance(optimizer.statistics, optimizer.gradients, left=0.5, loss=0.1)
         results.append([parameter.detach().clone() for parameter in model.parameters()])
     assert not same_bits(results[0][0], before[0])
-    assert all(same_bits(one, two) for one, two in zip(*results, strict=True))
+    assert same(*results)
 
 
 def test_the_rank_of_directions_does_not_cut_what_is_there() -> None:
