@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ LEAD = 0.2
 PACE = 0.05
 # That first slice has to teach a head, and to show a direction: it needs so many rows, and so many by class.
 LEAD_ROWS, LEAD_ROWS_BY_CLASS = 300, 16
+# The rows of a slice are runs of rows of about one length: so many of them at least, of so many rows at most. That many
+# rows fit into a micro-batch, and more of them in one would leave a slice few lengths.
+RUNS, RUN = 3, 16
 # From so many tokens that a language model learns on, the rows are walked through in slices.
 WALK_ITEMS = 80_000
 
@@ -83,6 +87,37 @@ def of_small_steps(rows: int, slices: int, task: Task) -> tuple[float, float]:
     return pace(each), math.inf if task.by_token else each
 
 
+def alike_in_length(order: Sequence[int], lengths: Sequence[int], slices: int) -> list[list[int]]:
+    """Deals rows into slices whose lengths are alike, and in each of which some are nearly the same.
+
+    Sorted by length, rows are dealt in runs: of every third of them, or of more parts, each slice has one run. So its
+    micro-batches need hardly any padding, and it has rows of all lengths.
+
+    Args:
+        order: The rows' numbers, in an order that tells nothing of their lengths; it says which slice a run is for.
+        lengths: By row number.
+
+    Returns:
+        The rows' numbers by slice, in ascending order. Slices differ by one row at most.
+    """
+    rank = {row: place for place, row in enumerate(order)}
+    by_length = sorted(order, key=lambda row: -lengths[row])
+    run = min(RUN, max(1, -(-len(order) // (RUNS * slices))))
+    groups: list[list[int]] = [[] for _ in range(slices)]
+    for start in range(0, len(order), run * slices):
+        part = by_length[start : start + run * slices]
+        ends = [i * len(part) // slices for i in range(slices + 1)]
+        runs = [part[i:j] for i, j in itertools.pairwise(ends) if i < j]
+        if not start:
+            runs.sort(key=lambda rows: rank[rows[0]])
+        # The longest of the runs that follow go to the slices that are the shortest so far.
+        for group, rows in zip(
+            sorted(groups, key=lambda group: sum(lengths[row] for row in group)), runs, strict=False
+        ):
+            group += rows
+    return [sorted(group) for group in groups]
+
+
 def number_of_shares(config: OneStepConfig, rows: int) -> int:
     """Into how many shares so many rows are dealt, of which one counts for the layers' covariances.
 
@@ -116,11 +151,13 @@ class SlicedRows(Dataset):
         self.current = 0
 
     def _dealt(self, slices: int) -> list[list[int]]:
-        order = by_content(listed(self._rows))
+        rows = listed(self._rows)
+        order = by_content(rows)
         first = rows_of_the_lead(len(order), slices, self._lead)
+        lengths = [len(row.get("input_ids", ())) for row in rows]
         if first * slices < len(order) + slices:
-            return [sorted(order[i::slices]) for i in range(slices)]
-        return [sorted(order[:first]), *(sorted(order[first + i :: slices - 1]) for i in range(slices - 1))]
+            return alike_in_length(order, lengths, slices)
+        return [sorted(order[:first]), *alike_in_length(order[first:], lengths, slices - 1)]
 
     def _filled(self, rows: int) -> int:
         return -(-rows // self._whole) * self._whole

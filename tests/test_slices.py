@@ -18,6 +18,7 @@ from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.slices import (
     PartedRows,
     SlicedRows,
+    alike_in_length,
     number_of_shares,
     number_of_slices,
     of_small_steps,
@@ -64,7 +65,7 @@ def contents(rows: SlicedRows) -> list[list[tuple[int, ...]]]:
 
 def test_every_row_is_in_one_slice_whatever_the_order() -> None:
     found = contents(sliced(ROWS))
-    assert [len(part) for part in found] == [24, 23, 23]
+    assert sorted(len(part) for part in found) == [23, 23, 24]
     assert sorted(sum(found, [])) == sorted(tuple(row["input_ids"]) for row in tokenised(ROWS))
     assert [sorted(part) for part in contents(sliced(ROWS[::-1]))] == [sorted(part) for part in found]
     assert all([len(row) for row in part] == sorted((len(row) for row in part), reverse=True) for part in found)
@@ -72,12 +73,44 @@ def test_every_row_is_in_one_slice_whatever_the_order() -> None:
 
 def test_slices_are_filled_up_with_rows_that_have_no_say() -> None:
     rows = sliced(ROWS, batch_size=5)
-    assert len(rows) == 25
-    rows.current = 1
-    assert [rows[i]["labels"] == UNLABELLED for i in range(22, 25)] == [False, True, True]
-    assert rows.row(24) == rows.row(22)
-    with pytest.raises(IndexError):
-        rows[25]
+    for rows.current, part in enumerate(contents(sliced(ROWS))):
+        assert len(rows) == 25
+        assert [rows[i]["labels"] == UNLABELLED for i in range(25)] == [i >= len(part) for i in range(25)]
+        assert rows.row(24) == rows.row(len(part) - 1)
+        with pytest.raises(IndexError):
+            rows[25]
+
+
+def dealt(rows: list[dict[str, Any]], slices: int, first: int = 0) -> list[list[int]]:
+    """Row numbers by slice, of those behind the first so many in content order."""
+    each = listed(tokenised(rows))
+    return alike_in_length(by_content(each)[first:], [len(row["input_ids"]) for row in each], slices)
+
+
+@pytest.mark.parametrize(("number", "slices"), [(480, 10), (471, 10), (48, 1), (45, 9), (7, 7), (31, 16)])
+def test_slices_have_rows_of_all_lengths_in_runs_of_about_one_length(number: int, slices: int) -> None:
+    lengths = torch.randint(4, 120, (number,), generator=torch.Generator().manual_seed(3)).tolist()
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(4)).tolist()
+    found = alike_in_length(order, lengths, slices)
+    assert sorted(sum(found, [])) == list(range(number)) and all(part == sorted(part) for part in found)
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    if slices != 10:
+        return
+    padded = 0
+    for part in found:
+        by_length = sorted((lengths[i] for i in part), reverse=True)
+        padded += sum(len(by_length[i : i + 16]) * by_length[i] for i in range(0, len(part), 16))
+        assert by_length[0] > 81 and by_length[-1] < 43
+        assert abs(sum(by_length) / len(part) - sum(lengths) / number) < 8
+    apart = sum(len(order[i::10]) * max(lengths[j] for j in order[i::10]) for i in range(10))
+    assert padded < 1.06 * sum(lengths) < apart  # apart: what a batch a slice would take
+
+
+def test_rows_of_one_length_are_dealt_by_their_contents_alone() -> None:
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(4)).tolist()
+    found = alike_in_length(order, [9] * 60, 4)
+    assert sorted(map(tuple, found)) == sorted(map(tuple, alike_in_length(order, [20] * 60, 4)))
+    assert max(abs(sum(part) / 15 - 29.5) for part in found) < 12  # by their numbers it would be up to 22
 
 
 def run(folder: Path, rows: list[dict[str, Any]], **options: Any) -> OneStepTrainer:
@@ -93,13 +126,13 @@ def run(folder: Path, rows: list[dict[str, Any]], **options: Any) -> OneStepTrai
 def test_each_step_is_the_one_that_a_run_on_its_rows_would_make(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", ROWS, slices=2, fit_head=False)
     assert len(whole.report.steps) == 2 and whole.report.rows["gradient"] == len(ROWS)
-    order = by_content(listed(tokenised(ROWS)))
-    first = run(tmp_path / "first", [ROWS[i] for i in order[0::2]], fit_head=False)
+    of_first, of_second = dealt(ROWS, 2)
+    first = run(tmp_path / "first", [ROWS[i] for i in of_first], fit_head=False)
     done = updates(first.model)
     # The second run begins where the first has ended.
     second = run(
         tmp_path / "second",
-        [ROWS[i] for i in order[1::2]],
+        [ROWS[i] for i in of_second],
         model=first.model.merge_and_unload(),
         fit_head=False,
     )
@@ -209,11 +242,10 @@ def test_each_small_step_has_the_gradient_of_its_slice_at_the_model_as_it_is(
     noted = Gradients(trainer, monkeypatch)
     trainer.train()
     assert len(noted.seen) == 5
-    order = by_content(listed(tokenised(WALK_ROWS_HERE)))
-    model = tiny_bert()
-    for number, (state, gradient, loss) in enumerate(noted.seen):
+    model, parts = tiny_bert(), dealt(WALK_ROWS_HERE, 5, first=80)
+    for part, (state, gradient, loss) in zip(parts, noted.seen, strict=True):
         model.load_state_dict(state)
-        batch = trainer.data_collator([tokenised(WALK_ROWS_HERE)[i] for i in order[80 + number :: 5]])
+        batch = trainer.data_collator([tokenised(WALK_ROWS_HERE)[i] for i in part])
         model.zero_grad()
         expected = model.eval()(**batch).loss
         expected.backward()

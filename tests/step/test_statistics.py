@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onestep_peft.step.layers import Layer
-from onestep_peft.step.statistics import TRIANGLE_BLOCK, LayerStatistics, observed
+from onestep_peft.step.statistics import SHORT_MIN, TRIANGLE_BLOCK, LayerStatistics, observed
+from tests.conftest import relative_difference
 
 D_IN, HIDDEN, CLASSES, TOKENS = 5, 7, 3, 4
 
@@ -283,6 +284,13 @@ def large(d: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(n, d, generator=draw) + 0.5, torch.randn(n, d, generator=draw)) for n in (50, 3, 30)]
 
 
+@pytest.fixture
+def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without units for bfloat16."""
+    monkeypatch.setattr("onestep_peft.step.statistics._multiplies_bfloat16", lambda _device: False)
+
+
+@pytest.mark.usefixtures("in_fp32")
 @pytest.mark.parametrize("d", [1, 255, 256, 257, 384, 400, 768, 1000])
 def test_a_covariance_of_any_size_is_symmetric_and_that_of_all_tokens_in_float64(d: int) -> None:
     parts = large(d)
@@ -297,6 +305,37 @@ def test_a_covariance_of_any_size_is_symmetric_and_that_of_all_tokens_in_float64
         expected = vectors.double().T @ vectors.double() / 83
         assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
         assert d <= TRIANGLE_BLOCK or torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (20, 1536), (600, 1200)])  # whole; small blocks; large ones
+def test_products_in_bfloat16_are_those_in_float64_to_the_rounding_of_a_micro_batch(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onestep_peft.step.statistics._multiplies_bfloat16", lambda _device: True)
+    draw = torch.Generator().manual_seed(0)
+    parts = [(torch.randn(50, shape[1], generator=draw) + 0.5, torch.randn(50, shape[0], generator=draw))] * 40
+    record = LayerStatistics(shape, torch.device("cpu"))
+    for x, delta in parts:
+        record.add(x, delta)
+    record.finish(2000)
+    x, delta = parts[0]
+    assert relative_difference(record.gradient, delta.double().T @ x.double() / 50) < 1e-5
+    whole = x.double().T @ x.double() / 50
+    found = record.input_covariance
+    blocks = found if found.dim() == 3 else found[None]
+    for i, block in enumerate(blocks):
+        part = slice(i * block.shape[0], (i + 1) * block.shape[0])
+        assert 0 < relative_difference(block, whole[part, part]) < 2**-8  # in bfloat16 throughout it would be 2^-4
+        assert torch.equal(block, block.T)
+
+
+def test_narrow_sides_are_summed_in_fp32_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestep_peft.step.statistics._multiplies_bfloat16", lambda _device: True)
+    parts = large(SHORT_MIN - 1)
+    record = filled(SHORT_MIN - 1, parts)
+    record.finish(83)
+    x = torch.cat([x for x, _ in parts]).double()
+    assert torch.allclose(record.input_covariance.double(), x.T @ x / 83, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_of_large_covariances_can_be_saved_on_the_way_and_start_again() -> None:
@@ -324,8 +363,8 @@ def test_sums_of_large_covariances_can_be_saved_on_the_way_and_start_again() -> 
 @pytest.mark.parametrize(
     ("d", "other", "blocks"),
     [
-        (1536, 384, 4), (384, 1536, 1), (3072, 768, 4), (768, 768, 1), (384, 3, 1), (2048, 512, 4), (172, 64, 1),
-        (769, 2, 1), (770, 2, 5), (11008, 4096, 4), (4096, 1024, 4),
+        (1536, 384, 8), (384, 1536, 1), (3072, 768, 8), (768, 768, 1), (384, 3, 1), (2048, 512, 8), (172, 64, 1),
+        (769, 2, 1), (770, 2, 7), (11008, 4096, 8), (4096, 1024, 8),
     ],
 )  # fmt: skip
 def test_a_side_that_is_wider_than_the_other_has_its_covariance_in_blocks(d: int, other: int, blocks: int) -> None:
@@ -335,6 +374,7 @@ def test_a_side_that_is_wider_than_the_other_has_its_covariance_in_blocks(d: int
     assert [tuple(one.shape) for one in found] == [shape, shape]
 
 
+@pytest.mark.usefixtures("in_fp32")
 def test_blocks_are_those_of_the_whole_covariance_in_float64() -> None:
     draw = torch.Generator().manual_seed(0)
     parts = [(torch.randn(n, 1200, generator=draw) + 0.5, torch.randn(n, 20, generator=draw)) for n in (50, 3, 30)]
@@ -344,9 +384,9 @@ def test_blocks_are_those_of_the_whole_covariance_in_float64() -> None:
     record.finish(83)
     x = torch.cat([x for x, _ in parts]).double()
     whole = x.T @ x / 83
-    assert record.input_covariance.shape == (4, 300, 300)
+    assert record.input_covariance.shape == (8, 150, 150)
     for i, block in enumerate(record.input_covariance):
-        part = slice(300 * i, 300 * (i + 1))
+        part = slice(150 * i, 150 * (i + 1))
         assert torch.allclose(block.double(), whole[part, part], rtol=1e-5, atol=1e-5)
         assert torch.equal(block, block.T)
     assert not record.is_noise()
