@@ -59,7 +59,7 @@ class LayerStatistics:
 
     Where only a diagonal or a trace is kept they have the shapes `(d,)` and `()`. Of a side that is wider than the
     other (the inner one of a feed-forward part; the input of keys and values that heads share) only blocks on the
-    diagonal are kept, `(blocks, d / blocks, d / blocks)`, each about half as wide as the other side, so that covariances
+    diagonal are kept, `(blocks, d / blocks, d / blocks)`, each about half as wide as the other side: covariances then
     take about as much time and room as G.
 
     N is the number of items (rows, or labelled tokens) whose losses were added up. Padding has δ = 0 and so
