@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onestep_peft.config import OneStepConfig
+from onestep_peft.config import AUTO, OneStepConfig
 from onestep_peft.held_out import padded
 from onestep_peft.methods import Method
 from onestep_peft.out_of_fold import Pulling
@@ -52,6 +52,13 @@ class ExactGradientTrainer(Trainer):
     def slices(self) -> int:
         """How many steps a walk through the rows makes."""
         return int(cast(OneStepConfig, self.args).slices)
+
+    @property
+    def walks_at_once(self) -> bool:
+        """Whether small steps are all that there is: so a prompt walks once, where nothing is said of its direction."""
+        config = cast(OneStepConfig, self.args)
+        alone = self._method.walks_at_once and config.directions == (AUTO,)
+        return alone and config.walks and config.max_steps == self.slices
 
     @property
     def parts(self) -> int:
@@ -95,7 +102,10 @@ class ExactGradientTrainer(Trainer):
         rows: Any = self.train_dataset
         self._sliced = None
         if self.slices > 1:
-            lead = LEAD if cast(OneStepConfig, self.args).walks else 0.0
+            lead = LEAD if cast(OneStepConfig, self.args).walks and not self.walks_at_once else 0.0
+            if self.walks_at_once:  # slices are so small that most of a micro-batch would only fill it up
+                by_process = -(-len(rows) // (self.slices * processes.number()))
+                self._train_batch_size = min(self._train_batch_size, by_process)
             self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
         elif self.parts * self.shares > 1:
             self._sliced = PartedRows(rows, self.parts, self.shares, self._train_batch_size)

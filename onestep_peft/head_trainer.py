@@ -149,7 +149,7 @@ class HeadTrainer(SharingTrainer):
             self._install(there)
         if self.held_out is not None:
             self.held_out.settle(self.bare_model, layer)
-        if self.another_pass() and cast(OneStepConfig, self.args).head_folds > 1:
+        if self.another_pass() and self._has_folds:
             apart = self.one_step.bodies.apart
             self._fold_heads = self._heads_at_bodies(numbers, fitted) if apart else self._heads(found, numbers, fitted)
         before = self._noted(BEFORE) if self.held_out is not None else None
@@ -185,6 +185,11 @@ class HeadTrainer(SharingTrainer):
         places = self._places_of(found, numbers)
         number = int(folds.max()) + 1
         return out_of_fold.fit(found.gathered(), places, folds, number, whole, self.task, pulls=self._head_follows)
+
+    @property
+    def _has_folds(self) -> bool:
+        """Whether the pass takes rows' residuals from heads of folds: few parameters learn no row by heart."""
+        return cast(OneStepConfig, self.args).head_folds > 1 and not self.walks_at_once
 
     @property
     def _head_follows(self) -> bool:
@@ -252,7 +257,7 @@ class HeadTrainer(SharingTrainer):
                 body has seen the rows of the others when their turn comes.
         """
         places = list(range(len(self.pass_rows)))
-        if lead and cast(OneStepConfig, self.args).walks and self._sliced is not None:
+        if lead and cast(OneStepConfig, self.args).walks and self._sliced is not None and not self.walks_at_once:
             places = self._sliced.lead
         if not self.task.by_token:
             return places
@@ -269,11 +274,27 @@ class HeadTrainer(SharingTrainer):
         """Fits the heads of the folds, where there are any, to the features as they are; the head stays."""
         if self.held_out is not None and self.fits_head():
             self.held_out.settle(self.bare_model, self.head_layer())
-        if self.fits_head() and cast(OneStepConfig, self.args).head_folds > 1:
+        if self.fits_head() and self._has_folds:
             self.fit_head(install=False)
+
+    def settle_head(self) -> None:
+        """Fits the head to where a prompt's small steps have ended: without it nobody could judge them.
+
+        Should they be refused, the head is taken back with the prompt.
+        """
+        with self.clock("head"):
+            since = head.current(self.head_layer())
+            self._note(BEFORE, since)
+            self._fitted_to = self.fit_head(since=since)
 
     def follow(self, outcome: StepOutcome) -> None:
         """After a step: fits the head once more, or where no rows are held out to say how far, those of the folds."""
+        if self.walks_at_once:  # `settle_head` has done so
+            outcome.head_refitted = outcome.accepted
+            if not outcome.accepted:
+                self._note(BEFORE, None)
+                self._fitted_to = None
+            return
         with self.clock("head"):
             if self.held_out is not None:
                 self.refit_head(outcome)

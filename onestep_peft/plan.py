@@ -17,6 +17,7 @@ from onestep_peft.step.line_search import EVALUATIONS, PART_EVALUATIONS, PASS_FO
 from onestep_peft.step.snapshot import LARGE
 from onestep_peft.step.statistics import statistics_of
 
+SMALL_STEPS = "small steps alone, by Adam; nothing is searched"
 SHOWN_NAMES = 4
 FP32 = 4  # bytes
 # Rules whose direction is a whole matrix where nothing limits its rank; the others' are two factors.
@@ -43,7 +44,7 @@ class Group:
 
     def __str__(self) -> str:
         shape = "" if self.shape is None else f" ({self.shape[0]}×{self.shape[1]})"
-        return f"{self.number} × {self.name}{shape}: {', '.join(self.directions)}"
+        return f"{self.number} × {self.name}{shape}{': ' * bool(self.directions)}{', '.join(self.directions)}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Plan:
         rank: The most that the rank of an update may be whose direction names none; None for the full one.
         steps: The most steps that are made.
         slices: In how many slices the rows are walked through, with a step after each.
+        at_once: Whether all of these are small ones, and nothing is searched.
         rows: Number of rows for the "gradient", the "search", the "guard" and the "evaluation". Search and guard
             share theirs.
         groups: What moves; a layer whose gradient turns out to be rounding is left out then.
@@ -89,15 +91,17 @@ class Plan:
     memory: dict[str, int]
     snapshot_on_host: bool
     forwards: dict[str, int]
+    at_once: bool = False
 
     def text(self) -> str:
         """For a person to read."""
         size = "searched" if self.step_size is None else f"{self.step_size:g}"
+        direction = f"{', '.join(self.directions)}{self._rank_said()}; step size {size}"
         lines = [
             f"rows       {', '.join(f'{number:,} {role}' for role, number in self.rows.items())}",
             f"steps      {'at most ' * (self.steps > 1)}{self.steps}{self._slices_said()}",
             f"method     {self.method}",
-            f"direction  {', '.join(self.directions)}{self._rank_said()}; step size {size}",
+            f"direction  {SMALL_STEPS if self.at_once else direction}",
             *[f"left out   {', '.join(self.left_out)}: beyond `search_budget`"] * bool(self.left_out),
             *_listed("moves", [str(group) for group in self.groups]),
             f"parameters {self.moved:,} move, {self.frozen:,} are frozen",
@@ -115,7 +119,8 @@ class Plan:
     def _slices_said(self) -> str:
         if self.slices == 1:
             return ""
-        then = "with a step after each" if self.step_size is not None else "searched after the first, the longest"
+        each = self.step_size is not None or self.at_once
+        then = "with a step after each" if each else "searched after the first, the longest"
         return f": the rows are walked through in {self.slices} slices, {then}"
 
     def _rank_said(self) -> str:
@@ -169,6 +174,7 @@ def make_plan(
     rows: dict[str, int],
     parts: int = 1,
     by_token: bool = False,
+    at_once: bool = False,
 ) -> Plan:
     """A run in numbers, from what it would be made of. Nothing is allocated, and the model is not called.
 
@@ -180,6 +186,7 @@ def make_plan(
         rows: By role, "gradient", "search", "guard" and "evaluation".
         parts: Into how many parts the rows are dealt, each with a body of its own.
         by_token: Whether the head is fitted to tokens: of them, what the search has seen is not kept.
+        at_once: Whether a walk is of small steps alone.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fitted = set(head.parameters()) if head is not None else set()
@@ -187,7 +194,7 @@ def make_plan(
     plain = tuple(name for name in directions if name in PARAMETER_DIRECTIONS)
     if plain:
         moved |= set(trainable.values())
-    groups = _groups(layers, directions)
+    groups = _groups(layers, directions if not at_once else ())
     if plain:
         name = "trainable parameter, as it is" if len(trainable) == 1 else "trainable parameters, as they are"
         groups.append(Group(name, None, len(trainable), _count(trainable.values()), plain))
@@ -202,7 +209,10 @@ def make_plan(
     if parts > 1:
         kept = sum(layer.shape[0] * layer.shape[1] for layer in layers if _in_place(layer))
         memory["bodies"] = parts * (memory["statistics"] + FP32 * kept + memory["snapshot"] // 2)
-    if config.walks:
+    if at_once:  # Adam's two means
+        memory["walk"] = memory["snapshot"] // 2 + 2 * FP32 * sum(layer.shape[0] * layer.shape[1] for layer in layers)
+        memory["directions"] = 0
+    elif config.walks:
         memory["walk"] = memory["snapshot"] // 2 + _metric_size(layers, directions)
     return Plan(
         method=method,
@@ -223,12 +233,14 @@ def make_plan(
         forwards=_forwards(
             config,
             rows,
-            points=_points(config, layers, directions),
+            points=0 if at_once else _points(config, layers, directions),
             fits_head=head is not None,
             parts=parts,
-            forgets=by_token or config.slices != 1,
+            forgets=by_token or (config.slices != 1 and not at_once),
+            at_once=at_once,
             half=config.bf16 or any(parameter.dtype.itemsize < FP32 for parameter in fitted),
         ),
+        at_once=at_once,
     )
 
 
@@ -312,7 +324,15 @@ def _points(config: OneStepConfig, layers: Sequence[Layer | Prompt], directions:
 
 
 def _forwards(
-    config: OneStepConfig, rows: dict[str, int], *, points: int, fits_head: bool, parts: int, forgets: bool, half: bool
+    config: OneStepConfig,
+    rows: dict[str, int],
+    *,
+    points: int,
+    fits_head: bool,
+    parts: int,
+    forgets: bool,
+    half: bool,
+    at_once: bool,
 ) -> dict[str, int]:
     held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // int(config.slices)
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
@@ -327,7 +347,8 @@ def _forwards(
     if config.stop_at is not None:
         looks += 1 + walks
     stages = 3 if fits_head else 2
-    first = rows_of_the_lead(rows["gradient"], int(config.slices)) if config.walks else rows["gradient"]
+    leads = config.walks and not at_once
+    first = rows_of_the_lead(rows["gradient"], int(config.slices)) if leads else rows["gradient"]
     return {
         "pass": (PASS_FORWARDS + recomputed) * rows["gradient"] * walks,
         "search": looks * held,

@@ -27,6 +27,9 @@ LEAD = 0.2
 PACE = 0.05
 # That first slice has to teach a head, and to show a direction: it needs so many rows, and so many by class.
 LEAD_ROWS, LEAD_ROWS_BY_CLASS = 300, 16
+# Where a walk is of small steps alone each has so many rows, unless that were more steps than so many. Where fewer rows
+# are there than so many, one searched step makes more of them.
+ROWS_AT_ONCE, STEPS_AT_ONCE, LEAST_AT_ONCE = 2, 500, 200
 # The rows of a slice are runs of rows of about one length: so many of them at least, of so many rows at most. That many
 # rows fit into a micro-batch, and more of them in one would leave a slice few lengths.
 RUNS, RUN = 3, 16
@@ -34,11 +37,12 @@ RUNS, RUN = 3, 16
 WALK_ITEMS = 80_000
 
 
-def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int) -> int:
+def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int, *, at_once: bool = False) -> int:
     """What the configuration says; left to "auto", several where rows are many, else one.
 
     Args:
         outputs: Of the head.
+        at_once: Whether the method's own walk is of small steps alone.
 
     Raises:
         ValueError: More slices than rows.
@@ -46,6 +50,8 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int)
     if config.slices == AUTO:
         if config.fixed_step_size is not None:
             return 1
+        if at_once and config.directions == (AUTO,) and config.max_steps == 1 and len(rows) >= LEAST_AT_ONCE:
+            return min(STEPS_AT_ONCE, len(rows) // ROWS_AT_ONCE)
         if task.has_head:
             # Several steps with a head have all rows each, and bodies that are out of fold.
             enough = int(LEAD * len(rows)) >= max(LEAD_ROWS, LEAD_ROWS_BY_CLASS * outputs)

@@ -134,7 +134,7 @@ class OneStepTrainer(SavingTrainer):
         self._split = split_rows(prepared.sets.train, prepared.sets.search, config, self.task)
         self.pass_rows, self.held_rows = self._split.pass_rows, self._split.held_rows
         in_pass, outputs = select(prepared.sets.train, self.pass_rows), self._template_config.num_labels
-        config.slices = number_of_slices(config, in_pass, self.task, outputs)
+        config.slices = number_of_slices(config, in_pass, self.task, outputs, at_once=self._method.walks_at_once)
         config.max_steps *= config.slices
         self._metric_names = [str(getattr(metric, "name", metric)) for metric in resolved]
         self._metric_names.append(getattr(compute_metrics, "__qualname__", ""))
@@ -185,19 +185,19 @@ class OneStepTrainer(SavingTrainer):
 
     def plan(self) -> Plan:
         """What `train` would do and cost. The model is not called, and nothing is changed or written."""
-        wanted = self._method.auto if self._config.directions == (AUTO,) else self.directions
         return make_plan(
             self.bare_model,
             self._config,
             method=self._method.name,
             directions=self.directions,
-            left_out=wanted[len(self.directions) :],
+            left_out=self._method.auto[len(self.directions) :] if self._config.directions == (AUTO,) else (),
             rank=self._rank,
             layers=self.layers(),
             head=self.head_layer() if self.fits_head() else None,
             rows={**self._row_counts(), "evaluation": sum(map(len, self.evaluation_sets.values()))},
             parts=self.parts,
             by_token=self.task.by_token,
+            at_once=self.walks_at_once,
         )
 
     # The run, from the moments that Trainer announces
@@ -212,10 +212,9 @@ class OneStepTrainer(SavingTrainer):
         """
         self.check_free(Path(self._config.output_dir or "."))
         self.report = StepReport()
-        self.optimizer, self._head_done = None, False
+        self.optimizer, self._head_done, self.pass_seconds = None, False, 0.0
         self._fold_heads, self._folds, self._kept_heads, self._fitted_to = None, {}, {}, None
         self.seconds = dict.fromkeys(("total", "head", "pass", "directions", "search", "guard", "evaluation"), 0.0)
-        self.pass_seconds = 0.0
         self._before: Snapshot | None = None
         began = time.perf_counter()
         reset_peak_memory(self.args.device)
@@ -283,6 +282,7 @@ class OneStepTrainer(SavingTrainer):
             settings = StepSettings(
                 self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
                 config.guard_confidence, self.slices, self.parts, *of_small_steps(rows, self.slices, self.task),
+                at_once=self.walks_at_once,
             )  # fmt: skip
             head_parameters = set(self.head_layer().parameters()) if self.fits_head() else set()
             self.optimizer = OneStepOptimizer(
@@ -293,6 +293,7 @@ class OneStepTrainer(SavingTrainer):
                 held_out_losses=self.held_out_losses if self.held_rows is not None else None,
                 progress=self.show_point,
                 body=[parameter for parameter in self.trainable() if parameter not in head_parameters],
+                settle=self.settle_head if self.fits_head() else None,
             )
             self._stack.enter_context(self.optimizer.gradients.collected())
         return self.optimizer
@@ -381,17 +382,16 @@ class OneStepTrainer(SavingTrainer):
 
     def _fill_report(self, seconds: float) -> None:
         self.identify()
-        report = self.report
-        report.rows = self._row_counts()
+        self.report.rows = self._row_counts()
         self.seconds["pass"] = self.pass_seconds
         self.seconds["total"] = seconds - self.seconds["evaluation"]
-        report.seconds = {part: round(value, 3) for part, value in self.seconds.items()}
-        report.peak_memory_bytes = peak_memory(self.args.device)
-        report.steps = [step_record(outcome) for outcome in self.one_step.outcomes]
+        self.report.seconds = {part: round(value, 3) for part, value in self.seconds.items()}
+        self.report.peak_memory_bytes = peak_memory(self.args.device)
+        self.report.steps = [step_record(outcome) for outcome in self.one_step.outcomes]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer, with the step size that was found in place of a learning rate."""
-        if "learning_rate" in logs and self.optimizer is not None and self.one_step.outcomes:
+        if "learning_rate" in logs and self.optimizer is not None and self.one_step.done:
             logs = {key: value for key, value in logs.items() if key != "learning_rate"}
             logs["step_size"] = self.one_step.step_size
         if "grad_norm" in logs and self.optimizer is not None and self.one_step.gradient_norm is not None:

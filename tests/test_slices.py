@@ -327,7 +327,7 @@ def test_a_walk_that_does_not_help_leaves_the_step(tmp_path: Path, monkeypatch: 
         assert same_bits(parameter.detach(), value)
 
 
-@pytest.mark.parametrize(("method", "direction"), [("prompt_tuning", "auto"), ("full", "auto"), ("full", "sgd")])
+@pytest.mark.parametrize(("method", "direction"), [("prompt_tuning", "kfac"), ("full", "auto"), ("full", "sgd")])
 def test_every_method_walks(method: str, direction: str, tmp_path: Path) -> None:
     fit_head: bool | str = "auto" if method == "prompt_tuning" else False
     options: dict[str, Any] = {"search_dataset": WALK_ROWS_HERE[:100], "guard": False, "fit_head": fit_head}

@@ -23,6 +23,7 @@ class Method(Protocol):
         directions: Names of the directions that can be written.
         auto: Those that "auto" tries, as many of the first as its budget of forwards allows.
         rank: Rank of a direction where the user names none; None for the full one.
+        walks_at_once: Whether "auto" is a walk of small steps alone, without a searched one before them.
         default: The adapter's configuration where the user gives none.
     """
 
@@ -30,6 +31,7 @@ class Method(Protocol):
     directions: tuple[str, ...]
     auto: tuple[str, ...]
     rank: int | None
+    walks_at_once: bool
 
     def default(self) -> Any: ...
 

@@ -18,6 +18,7 @@ directions = ("sgd", "sign", "muon", "lora_one", "kfac", "kfac_muon", "kfac_scha
 # Few classes and few rows like a low rank, many a full one; trying both costs forwards only.
 auto = ("kfac", "kfac_schatten:8", "kfac_muon", "kfac_schatten", "kfac_muon:8")
 rank: int | None = None
+walks_at_once = False
 
 # A covariance of so many outputs would be larger than the layer; its trace is kept.
 HUGE = 16_384

@@ -23,6 +23,7 @@ name = "lora"
 directions = ("sgd", "sign", "muon", "lora_one", "kfac", "kfac_muon", "kfac_schatten")
 auto = ("kfac_schatten", "kfac")
 rank: int | None = 8
+walks_at_once = False
 
 # Inits that leave the base weights alone and need no data. The others change the base, so that the adapter would
 # not load onto the original one.

@@ -23,6 +23,7 @@ name = "prompt_tuning"
 directions = ("sgd", "sign", "natural", "kfac", "kfac_muon", "kfac_schatten")
 auto = ("kfac", "natural")
 rank: int | None = None
+walks_at_once = True
 
 VIRTUAL_TOKENS = 20
 # How far a row's logits may move where padding is put behind it, by their scale.

@@ -44,6 +44,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
             and then the step size must be fixed and nothing guards it.
         progress: Called with (candidate, step size, mean loss) after each point of the search.
         body: The parameters that a part's body has of its own; None for all.
+        settle: Called before held-out rows judge a walk of small steps alone, to bring the head to where it has led.
 
     Attributes:
         bodies: Those of the parts.
@@ -67,6 +68,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
         held_out_losses: Callable[[], Tensor] | None = None,
         progress: Progress | None = None,
         body: Sequence[Tensor] | None = None,
+        settle: Callable[[], None] | None = None,
     ) -> None:
         rate = settings.step_size if settings.step_size is not None else 1.0
         # What the next step goes by travels in Trainer's checkpoints with the rate.
@@ -75,13 +77,13 @@ class OneStepOptimizer(torch.optim.Optimizer):
         self.layers = layers
         self.statistics = statistics or {}
         self.outcomes: list[StepOutcome] = []
-        self._losses = held_out_losses
+        self._losses, self._settle = held_out_losses, settle
         self._progress = progress
         self.gradients = ParameterGradients(self._parameters)
-        self._items = self._covered = 0.0
-        self._covers = True
-        self.bodies = Bodies(self._parameters if body is None else body, settings.parts, lambda: self.state)
-        self.walk = Walk(layers, self._parameters)
+        self._items, self._covered, self._covers = 0.0, 0.0, True
+        body = self._parameters if body is None else body
+        self.bodies = Bodies(body, settings.parts, lambda: self.state)
+        self.walk = Walk(layers, self._parameters, [p for p in self._parameters if not any(p is one for one in body)])
         self.goes_on, self.done, self.loss, self.step_size = False, 0, math.nan, 0.0
         self.seconds: dict[str, float] = {}
         self.gradient_norm: float | None = None
@@ -207,6 +209,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
         """
         loss = closure() if closure is not None else None
         clock = Clock()
+        if self.settings.at_once and not self.walk.under_way and self._losses is not None:
+            self.walk.begin_at_once(slices=self.settings.slices, losses=self._losses())
         if self.walk.under_way:
             self._walk_on(clock)
         else:
@@ -254,21 +258,24 @@ class OneStepOptimizer(torch.optim.Optimizer):
         walk, place = self.walk, self.done % self.settings.slices
         before = Snapshot(self._parameters)
         try:
-            left = 1 - (place - 1) / (self.settings.slices - 1)
+            left = self.settings.left(place)
             walk.advance(self.statistics, self.gradients, left=left, loss=self.loss)
             self.step_size = left * walk.pace
             clock.lap("directions")
             if place == self.settings.slices - 1:
-                self.outcomes.append(self._end_of_walk())
+                self.outcomes.append(self._end_of_walk(clock))
                 walk.forget()
                 clock.lap("guard")
         except BaseException:
             before.restore()
             raise
 
-    def _end_of_walk(self) -> StepOutcome:
+    def _end_of_walk(self, clock: Clock) -> StepOutcome:
         """Whether held-out rows have gained by the small steps; else the model is back where they began."""
         assert self._losses is not None
+        if self.settings.at_once and self._settle is not None:
+            self._settle()
+            clock.skip()
         before, after = self.walk.losses, self._losses()
         verdict = judge(before, after, confidence=self.settings.guard_confidence)
         accepted = verdict.accepted or not (self.settings.guard or after.isnan().any())
@@ -282,7 +289,8 @@ class OneStepOptimizer(torch.optim.Optimizer):
         if self.walk.under_way:
             return []
         if self.settings.walks:  # the search, and where it found something the small steps together
-            return self.outcomes[-2:] if self.outcomes[-1].direction == WALK else self.outcomes[-1:]
+            searched = self.outcomes[-1].direction == WALK and not self.settings.at_once
+            return self.outcomes[-2:] if searched else self.outcomes[-1:]
         slices = self.settings.slices
         return self.outcomes[-slices:] if self.done % slices == 0 else []
 

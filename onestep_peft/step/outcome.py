@@ -28,6 +28,7 @@ class StepSettings:
         parts: Into how many parts the rows are dealt, each with a body of its own; see `step.bodies`.
         pace: Length of a walk's first small step by that of the step that it goes on from.
         slice_rows: Rows of each slice of a walk but the first, on average; see `step.walk.Walk.begin`.
+        at_once: Whether the first slice's step is a small one, too, of a prompt; see `step.prompt_steps`.
     """
 
     directions: Sequence[str]
@@ -40,11 +41,17 @@ class StepSettings:
     parts: int = 1
     pace: float = 0.0
     slice_rows: float = 1.0
+    at_once: bool = False
 
     @property
     def walks(self) -> bool:
-        """Whether small steps follow the one that is searched."""
+        """Whether rows make small steps, be it after one that is searched."""
         return self.slices > 1 and self.step_size is None
+
+    def left(self, place: int) -> float:
+        """Which share of a walk's small steps is left at the slice of this number, from 0 on; 1 at the first one."""
+        lead = int(not self.at_once)
+        return 1 - (place - lead) / (self.slices - lead)
 
 
 @dataclass
@@ -82,3 +89,7 @@ class Clock:
         now = time.perf_counter()
         self.seconds[part] = now - self._last
         self._last = now
+
+    def skip(self) -> None:
+        """Leaves out what has been timed elsewhere."""
+        self._last = time.perf_counter()

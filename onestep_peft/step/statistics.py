@@ -238,8 +238,10 @@ def _add_triangle(total: Tensor, vectors: Tensor) -> None:
 @cache
 def _multiplies_bfloat16(device: str) -> bool:
     """Whether matrices in bfloat16 are multiplied by units of their own, three times as fast as those in fp32."""
-    known = getattr(torch.cpu, "get_capabilities", dict) if device == "cpu" else dict  # torch 2.6 does not know
-    return any(known().get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
+    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.13, say
+        return False
+    known = torch.cpu.get_capabilities()
+    return any(known.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
 
 
 def _mirror(total: Tensor) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from onestep_peft.step import processes
+from onestep_peft.step import processes, prompt_steps
 from onestep_peft.step.candidates import Evidence
 from onestep_peft.step.directions import (
     WhitenedGradient,
@@ -91,13 +91,16 @@ class Walk:
     Args:
         layers: What moves.
         parameters: All that may move; without layers they are moved along their gradients as they are.
+        head: Those among them that go along with the small steps of a prompt.
 
     Attributes:
         under_way: Whether a step has been taken that the walk goes on from.
     """
 
-    def __init__(self, layers: Sequence[Layer | Prompt], parameters: Sequence[Tensor]) -> None:
-        self._layers, self._parameters = layers, parameters
+    def __init__(
+        self, layers: Sequence[Layer | Prompt], parameters: Sequence[Tensor], head: Sequence[Tensor] = ()
+    ) -> None:
+        self._layers, self._parameters, self._head = layers, parameters, head
         self._kept: dict[str, Tensor] = {}
 
     @property
@@ -166,8 +169,34 @@ class Walk:
             for i, parameter in enumerate(self._parameters):
                 then = evidence.before.of(parameter).to(parameter.device)
                 kept[f"length/{i}"] = (parameter.float() - then.float()).norm()
-        kept |= {f"start/{i}": parameter.detach().clone() for i, parameter in enumerate(self._parameters)}
-        self._kept = kept  # all of it, or nothing
+        self._kept = kept | self._start()  # all of it, or nothing
+
+    @torch.no_grad()
+    def begin_at_once(self, *, slices: int, losses: Tensor) -> None:
+        """Notes the place from which a prompt goes in small steps alone.
+
+        Args:
+            slices: Of the walk.
+            losses: Of the held-out rows where it begins, `(rows,)`.
+        """
+        kept = {"pace": torch.tensor(prompt_steps.PACE, dtype=torch.float64), "slices": torch.tensor(slices)}
+        kept["losses"] = losses.detach().clone()
+        self._kept = kept | self._start() | self._adams()
+
+    def _start(self) -> dict[str, Tensor]:
+        return {f"start/{i}": parameter.detach().clone() for i, parameter in enumerate(self._parameters)}
+
+    def _adams(self) -> dict[str, Tensor]:
+        """What the small steps of prompts and of the head go by, before the first one."""
+        kept: dict[str, Tensor] = {}
+        for layer in self._layers:
+            assert layer.parameter is not None
+            kept |= prompt_steps.begin(layer.name, layer.parameter(), prompt_steps.size(layer.parameter()))
+        weights = [prompt_steps.size(parameter) for parameter in self._head if parameter.dim() > 1]
+        for i, parameter in enumerate(self._head):
+            length = prompt_steps.HEAD_PACE / prompt_steps.PACE * weights[0]
+            kept |= prompt_steps.begin(f"head/{i}", parameter, length)
+        return kept
 
     @torch.no_grad()
     def advance(
@@ -187,8 +216,16 @@ class Walk:
             return
         share = left * self.pace
         for layer in self._layers:
-            if f"length/{layer.name}" in self._kept:
-                self._move(layer, statistics[layer.name].gradient, share * float(self._kept[f"length/{layer.name}"]))
+            of_layer = statistics[layer.name].gradient
+            if prompt_steps.goes_by(self._kept, layer.name):
+                assert layer.parameter is not None
+                self._move_by_adam(layer.name, layer.parameter(), prompt_steps.alike(of_layer), share)
+            elif f"length/{layer.name}" in self._kept:
+                self._move(layer, of_layer, share * float(self._kept[f"length/{layer.name}"]))
+        for i, parameter in enumerate(self._head):
+            gradient = gradients.of(parameter)
+            if gradient is not None and prompt_steps.goes_by(self._kept, f"head/{i}"):
+                self._move_by_adam(f"head/{i}", parameter, gradient.float(), share)
         if not self._layers:
             for i, parameter in enumerate(self._parameters):
                 gradient = gradients.of(parameter)
@@ -207,8 +244,9 @@ class Walk:
         high = bool(self._kept.get("moved", True)) and loss > float(self._kept.get("astray", math.inf))
         self._kept["warned"] = torch.tensor(high and not warned)
         if math.isnan(loss) or (high and warned):
+            at_once = any(prompt_steps.goes_by(self._kept, layer.name) for layer in self._layers)
             self.go_back()
-            self._kept["pace"] = self._kept["pace"] / 2
+            self._kept |= {"pace": self._kept["pace"] / 2, **(self._adams() if at_once else {})}
             self._kept["moved"] = torch.tensor(False)
             return True
         return high
@@ -229,6 +267,11 @@ class Walk:
         wide = self._wide(parameter)
         matrix = layer.as_matrix(wide) if isinstance(layer, Layer) else wide
         matrix.sub_(_rate(length, white.white.norm()) * white.whole())
+        parameter.copy_(wide)
+
+    def _move_by_adam(self, name: str, parameter: Tensor, gradient: Tensor, share: float) -> None:
+        wide = self._wide(parameter)
+        prompt_steps.move(wide, gradient, self._kept, name, share=share)
         parameter.copy_(wide)
 
     def _wide(self, parameter: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "prompt, Gram matrix": {
         "peft_config": PromptTuningConfig(num_virtual_tokens=1), "direction": "natural", **FIXED,
     },
+    "prompt, small steps": {"method": "prompt_tuning", "slices": 12, "guard": False},
     "activation checkpointing": {**ADAPTER, "direction": "kfac", **FIXED, "gradient_checkpointing": True},
 }  # fmt: skip
 CUT = ("lora, auto", "full, kfac", "prompt, rows kept")

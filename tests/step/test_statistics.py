@@ -284,12 +284,6 @@ def large(d: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(n, d, generator=draw) + 0.5, torch.randn(n, d, generator=draw)) for n in (50, 3, 30)]
 
 
-@pytest.fixture
-def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor without units for bfloat16."""
-    monkeypatch.setattr("onestep_peft.step.statistics._multiplies_bfloat16", lambda _device: False)
-
-
 @pytest.mark.usefixtures("in_fp32")
 @pytest.mark.parametrize("d", [1, 255, 256, 257, 384, 400, 768, 1000])
 def test_a_covariance_of_any_size_is_symmetric_and_that_of_all_tokens_in_float64(d: int) -> None:
