@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ def alike_in_length(order: Sequence[int], lengths: Sequence[int], slices: int) -
     micro-batches need hardly any padding, and it has rows of all lengths.
 
     Args:
-        order: The rows' numbers, in an order that tells nothing of their lengths; it says which slice a run is for.
+        order: The rows' numbers, in an order that follows from their contents; it says which slice a run is for.
         lengths: By row number.
 
     Returns:
@@ -121,6 +122,7 @@ def alike_in_length(order: Sequence[int], lengths: Sequence[int], slices: int) -
             sorted(groups, key=lambda group: sum(lengths[row] for row in group)), runs, strict=False
         ):
             group += rows
+    random.Random(0).shuffle(groups)  # equal rows stand next to each other, and steps had better not
     return [sorted(group) for group in groups]
 
 

@@ -74,7 +74,7 @@ def test_a_prompt_and_its_head_move_and_nothing_is_searched(tmp_path: Path) -> N
     trainer.train()
     (step,) = trainer.report.steps
     assert (step["direction"], step["accepted"], step["candidates"]) == ("walk", True, [])
-    assert step["step_size"] == prompt_steps.PACE and trainer.state.global_step == 120
+    assert step["step_size"] == prompt_steps.PACE_WITH_HEAD and trainer.state.global_step == 120
     assert step["loss_after"] != step["loss_before"] and step["head_refitted"] and step["last_fit"] is not None
     after = trainer.model.state_dict()
     moved = {name for name, value in start.found.items() if not same_bits(after[name], value)}
@@ -161,6 +161,7 @@ def test_a_head_that_is_not_fitted_stays_and_the_prompt_walks(tmp_path: Path) ->
     trainer.train()
     after = trainer.model.state_dict()
     assert [name for name, value in start.found.items() if not same_bits(after[name], value)] == [PROMPT]
+    assert trainer.report.steps[0]["step_size"] == prompt_steps.PACE
 
 
 def test_the_plan_says_what_it_costs(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 Layers normalise what they read, so of a virtual token they see the direction. Steps that are long beside the token
 leave where it began behind: what it then points along is the mean of the steps so far, in which each further one counts
-for less. So one length serves all tasks, and where rows are few the steps need not be many. Source of the rule: Kingma
-& Ba, "Adam: A method for stochastic optimization", ICLR 2015; it is torch's own.
+for less. So one length serves all tasks. Sources: Kingma & Ba, "Adam: A method for stochastic optimization", ICLR 2015
+(the rule is torch's own); Seetharaman et al., "AutoClip: Adaptive gradient clipping", MLSP 2020 (a gradient is cut by
+what the ones before it have been, here by their mean length).
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-# Length of the first step, entry by entry, by the root mean square of the prompt's entries where it begins; and of the
-# head's, which goes along so that gradients stay those of a head that fits.
-PACE, HEAD_PACE = 16.0, 0.06
+# Length of the first step, entry by entry, by the root mean square of the prompt's entries where it begins: of a prompt
+# alone, and of one whose head goes along, so that gradients stay those of a head that fits, and is fitted in the end.
+PACE, PACE_WITH_HEAD = 4.0, 16.0
+# That of the head's first step, by its own weights' root mean square.
+HEAD_PACE = 0.06
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-LENGTH, MEAN, SQUARE, COUNT = "length", "adam/mean", "adam/square", "adam/count"
+LENGTH, MEAN, SQUARE, COUNT, NORM = "length", "adam/mean", "adam/square", "adam/count", "adam/norm"
 
 
 def begin(name: str, parameter: Tensor, length: Tensor) -> dict[str, Tensor]:
@@ -42,9 +45,19 @@ def size(parameter: Tensor) -> Tensor:
     return parameter.detach().float().square().mean().sqrt()
 
 
-def alike(gradient: Tensor) -> Tensor:
-    """A prompt's gradient `(tokens, d)` with each token's of length 1; where it is zero it stays so."""
-    return gradient.float() / gradient.float().norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+def begin_prompt(name: str, prompt: Tensor) -> dict[str, Tensor]:
+    """The same for a prompt `(tokens, d)`, whose first step is as long as its own entries."""
+    return begin(name, prompt, size(prompt)) | {f"{NORM}/{name}": prompt.new_zeros(len(prompt), 1, dtype=torch.float32)}
+
+
+def even(gradient: Tensor, kept: Mapping[str, Tensor], name: str) -> Tensor:
+    """A prompt's gradient `(tokens, d)`, each token's by its mean length so far, and none of them longer than 1.
+
+    So every token counts alike, and so do slices, but those that have little to say.
+    """
+    lengths, mean = gradient.float().norm(dim=1, keepdim=True), kept[f"{NORM}/{name}"]
+    mean += (lengths - mean) / (float(kept[f"{COUNT}/{name}"]) + 1)
+    return gradient.float() / torch.maximum(lengths, mean).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def goes_by(kept: Mapping[str, Tensor], name: str) -> bool:

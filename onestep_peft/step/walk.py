@@ -179,7 +179,8 @@ class Walk:
             slices: Of the walk.
             losses: Of the held-out rows where it begins, `(rows,)`.
         """
-        kept = {"pace": torch.tensor(prompt_steps.PACE, dtype=torch.float64), "slices": torch.tensor(slices)}
+        pace = prompt_steps.PACE_WITH_HEAD if self._head else prompt_steps.PACE
+        kept = {"pace": torch.tensor(pace, dtype=torch.float64), "slices": torch.tensor(slices)}
         kept["losses"] = losses.detach().clone()
         self._kept = kept | self._start() | self._adams()
 
@@ -191,10 +192,10 @@ class Walk:
         kept: dict[str, Tensor] = {}
         for layer in self._layers:
             assert layer.parameter is not None
-            kept |= prompt_steps.begin(layer.name, layer.parameter(), prompt_steps.size(layer.parameter()))
+            kept |= prompt_steps.begin_prompt(layer.name, layer.parameter())
         weights = [prompt_steps.size(parameter) for parameter in self._head if parameter.dim() > 1]
         for i, parameter in enumerate(self._head):
-            length = prompt_steps.HEAD_PACE / prompt_steps.PACE * weights[0]
+            length = prompt_steps.HEAD_PACE / prompt_steps.PACE_WITH_HEAD * weights[0]
             kept |= prompt_steps.begin(f"head/{i}", parameter, length)
         return kept
 
@@ -219,7 +220,8 @@ class Walk:
             of_layer = statistics[layer.name].gradient
             if prompt_steps.goes_by(self._kept, layer.name):
                 assert layer.parameter is not None
-                self._move_by_adam(layer.name, layer.parameter(), prompt_steps.alike(of_layer), share)
+                even = prompt_steps.even(of_layer, self._kept, layer.name)
+                self._move_by_adam(layer.name, layer.parameter(), even, share)
             elif f"length/{layer.name}" in self._kept:
                 self._move(layer, of_layer, share * float(self._kept[f"length/{layer.name}"]))
         for i, parameter in enumerate(self._head):

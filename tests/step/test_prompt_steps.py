@@ -33,7 +33,7 @@ def advance(walk: Walk, prompt: nn.Parameter, gradient: Tensor, left: float, los
     walk.advance({"prompt": record}, ParameterGradients([prompt]), left=left, loss=loss)
 
 
-def test_steps_are_adams_along_gradients_whose_tokens_count_alike() -> None:
+def test_steps_are_adams_along_gradients_by_their_mean_length_so_far() -> None:
     start, gradients = drawn(*SHAPE), drawn(STEPS, *SHAPE)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.double().clone())
     walk = walk_of(ours)
@@ -42,7 +42,8 @@ def test_steps_are_adams_along_gradients_whose_tokens_count_alike() -> None:
     for i, gradient in enumerate(gradients):
         left = 1 - i / STEPS
         advance(walk, ours, gradient, left)
-        theirs.grad = gradient.double() / gradient.double().norm(dim=1, keepdim=True)
+        lengths = gradients[: i + 1].double().norm(dim=2, keepdim=True)  # (steps, tokens, 1)
+        theirs.grad = gradient.double() / torch.maximum(lengths[-1], lengths.mean(0))
         for group in adam.param_groups:
             group["lr"] = rate * left
         adam.step()
