@@ -86,7 +86,7 @@ class ExactGradientTrainer(Trainer):
             self._sliced.current = self.state.global_step % self.slices
             if self.slices > 1:  # slices are not all as long
                 per_process = self._train_batch_size * processes.number()
-                self.args.gradient_accumulation_steps = len(self._sliced) // per_process
+                self.args.gradient_accumulation_steps = -(-len(self._sliced) // per_process)
 
     def begin_pass(self) -> None:
         """Before the first micro-batch of a step."""

@@ -53,6 +53,7 @@ class ResumableTrainer(ExactGradientTrainer):
     _skipped = 0
     _terminated = False
     _in_pass = False
+    _saved_at = 0.0
 
     @property
     def evaluation_sets(self) -> dict[str, Any]:
@@ -81,6 +82,7 @@ class ResumableTrainer(ExactGradientTrainer):
     def resumable(self) -> Iterator[None]:
         """While open, SIGTERM saves the pass; afterwards nothing is left of the state of a run that came to its end."""
         self._state, self._unfinished, self._terminated, self._in_pass = None, None, False, False
+        self._saved_at = 0.0
         handles = self._saves() and threading.current_thread() is threading.main_thread()
         # A handler that somebody else has set (a cluster's, Trainer's own) keeps its say.
         handles = handles and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -165,7 +167,9 @@ class ResumableTrainer(ExactGradientTrainer):
         """Before the first micro-batch of a step: empty sums, or those that were found."""
         super().begin_pass()
         self._batch = self._skipped = 0
-        self._in_pass, self._saved_at = True, time.monotonic()
+        self._in_pass = True
+        if not self._saved_at or self.state.global_step % self.slices == 0:  # a walk's slices may be short: all count
+            self._saved_at = time.monotonic()
         if self._unfinished is not None:
             sums, self._skipped = self._unfinished.sums, self._unfinished.state.batches
             self._unfinished = None

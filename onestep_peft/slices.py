@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from onestep_peft.config import AUTO, OneStepConfig
-from onestep_peft.held_out import by_content, listed, without_labels
+from onestep_peft.held_out import by_content, content_key, listed, without_labels
 from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task
@@ -31,9 +31,9 @@ LEAD_ROWS, LEAD_ROWS_BY_CLASS = 300, 16
 # Where a walk is of small steps alone each has so many rows, unless that were more steps than so many. Where fewer rows
 # are there than so many, one searched step makes more of them.
 ROWS_AT_ONCE, STEPS_AT_ONCE, LEAST_AT_ONCE = 2, 500, 200
-# The rows of a slice are runs of rows of about one length: so many of them at least, of so many rows at most. That many
-# rows fit into a micro-batch, and more of them in one would leave a slice few lengths.
-RUNS, RUN = 3, 16
+# The rows of a slice are runs of rows of about one length, of so many at most: they fit into a micro-batch, and longer
+# ones would leave a slice few lengths.
+RUN = 16
 # From so many tokens that a language model learns on, the rows are walked through in slices.
 WALK_ITEMS = 80_000
 
@@ -94,23 +94,31 @@ def of_small_steps(rows: int, slices: int, task: Task) -> tuple[float, float]:
     return pace(each), math.inf if task.by_token else each
 
 
-def alike_in_length(order: Sequence[int], lengths: Sequence[int], slices: int) -> list[list[int]]:
-    """Deals rows into slices whose lengths are alike, and in each of which some are nearly the same.
+def alike_in_length(
+    keys: Sequence[bytes], order: Sequence[int], lengths: Sequence[int], slices: int
+) -> list[list[int]]:
+    """Deals rows into slices of alike lengths, in which those of a run are nearly as long as each other.
 
-    Sorted by length, rows are dealt in runs: of every third of them, or of more parts, each slice has one run. So its
-    micro-batches need hardly any padding, and it has rows of all lengths.
+    Rows are sorted by length, and dealt in runs. So the micro-batches of a slice need hardly any padding, and where it
+    has several runs it has rows of all lengths. Equal rows go to different runs, as far as there are others as long.
 
     Args:
-        order: The rows' numbers, in an order that follows from their contents; it says which slice a run is for.
+        keys: What the rows contain, by row number.
+        order: The rows' numbers, in an order that follows from their contents, equal rows next to each other.
         lengths: By row number.
+        slices: Number of slices.
 
     Returns:
         The rows' numbers by slice, in ascending order. Slices differ by one row at most.
     """
     rank = {row: place for place, row in enumerate(order)}
-    by_length = sorted(order, key=lambda row: -lengths[row])
-    run = min(RUN, max(1, -(-len(order) // (RUNS * slices))))
+    copies: dict[int, int] = {}
+    for row, before in zip(order, [None, *order], strict=False):
+        copies[row] = copies[before] + 1 if before is not None and keys[row] == keys[before] else 0
+    by_length = sorted(order, key=lambda row: (-lengths[row], copies[row], rank[row]))
+    run = min(RUN, -(-len(order) // slices))
     groups: list[list[int]] = [[] for _ in range(slices)]
+    totals = [0] * slices
     for start in range(0, len(order), run * slices):
         part = by_length[start : start + run * slices]
         ends = [i * len(part) // slices for i in range(slices + 1)]
@@ -118,11 +126,10 @@ def alike_in_length(order: Sequence[int], lengths: Sequence[int], slices: int) -
         if not start:
             runs.sort(key=lambda rows: rank[rows[0]])
         # The longest of the runs that follow go to the slices that are the shortest so far.
-        for group, rows in zip(
-            sorted(groups, key=lambda group: sum(lengths[row] for row in group)), runs, strict=False
-        ):
-            group += rows
-    random.Random(0).shuffle(groups)  # equal rows stand next to each other, and steps had better not
+        for slice_, rows in zip(sorted(range(slices), key=totals.__getitem__), runs, strict=False):
+            groups[slice_] += rows
+            totals[slice_] += sum(lengths[row] for row in rows)
+    random.Random(0).shuffle(groups)  # slices of rows as long, or equal, as each other had better not be neighbours
     return [sorted(group) for group in groups]
 
 
@@ -139,8 +146,9 @@ def number_of_shares(config: OneStepConfig, rows: int) -> int:
 class SlicedRows(Dataset):
     """One slice of the rows at a time; Trainer's loop takes it for the whole set.
 
-    A row's slice follows from its content, whatever its place. Every slice is filled up, with copies of its last row
-    that have no label and so no say, until it gives all processes equally many full micro-batches.
+    A row's slice follows from its content, whatever its place. Where there are several processes every slice is filled
+    up, with copies of its last row that have no label and so no say, until it gives all of them equally many full
+    micro-batches.
 
     Args:
         rows: The rows of the pass, longest first; so are those of each slice.
@@ -155,17 +163,21 @@ class SlicedRows(Dataset):
     def __init__(self, rows: Any, slices: int, batch_size: int, lead: float = 0.0) -> None:
         self._rows, self._lead = rows, lead
         self._groups = self._dealt(slices)
-        self._whole = batch_size * processes.number()
+        self._whole = self._multiple(batch_size)
         self.current = 0
 
     def _dealt(self, slices: int) -> list[list[int]]:
         rows = listed(self._rows)
-        order = by_content(rows)
+        order, keys = by_content(rows), [content_key(row) for row in rows]
         first = rows_of_the_lead(len(order), slices, self._lead)
         lengths = [len(row.get("input_ids", ())) for row in rows]
         if first * slices < len(order) + slices:
-            return alike_in_length(order, lengths, slices)
-        return [sorted(order[:first]), *alike_in_length(order[first:], lengths, slices - 1)]
+            return alike_in_length(keys, order, lengths, slices)
+        return [sorted(order[:first]), *alike_in_length(keys, order[first:], lengths, slices - 1)]
+
+    def _multiple(self, batch_size: int) -> int:
+        """Of how many rows the places of a slice are a multiple."""
+        return batch_size * processes.number() if processes.number() > 1 else 1
 
     def _filled(self, rows: int) -> int:
         return -(-rows // self._whole) * self._whole
@@ -212,6 +224,9 @@ class PartedRows(SlicedRows):
         self._number, self._shares = parts, shares
         super().__init__(rows, parts * min(shares, 2), batch_size)
         self._ends = list(itertools.accumulate(self._filled(len(section)) for section in self._groups))
+
+    def _multiple(self, batch_size: int) -> int:
+        return batch_size * processes.number()
 
     def _dealt(self, slices: int) -> list[list[int]]:
         # Fold by fold the rows go to each part in turn, so a row's part is the same whatever the number of shares.

@@ -247,7 +247,7 @@ class OneStepTrainer(SavingTrainer):
         if self.resume_run(self.bare_model, self.adapted.fresh):
             return
         self.one_step.bodies.check()
-        self.one_step.walk.check(self.slices)
+        self.one_step.walk.check(self.slices, self.walks_at_once)
         if self.state.global_step > 0:  # from Trainer's checkpoint, which has the head, but not those of the folds
             self.one_step.done = self.state.global_step
             self.take_up_head(chosen)
@@ -362,7 +362,7 @@ class OneStepTrainer(SavingTrainer):
             **{name: getattr(config, name, None) for name in names},
             "method": self._method.name,
             "task": self.task.name,
-            "directions": self.directions,
+            "directions": self.directions if not self.walks_at_once else WALK,
             # What a pass notes on its way depends on whether it has parts, and whether another one follows.
             "parts": (self.parts, self._config.max_steps) if self.parts > 1 else None,
             "adapter": described(self.bare_model),

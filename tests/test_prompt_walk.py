@@ -98,6 +98,56 @@ def test_a_refused_walk_leaves_the_prompt_and_its_head_as_they_were(tmp_path: Pa
     assert_same_bits(trainer.model, start.found)
 
 
+def test_a_prompt_that_has_walked_goes_on_in_steps_of_the_same_length(tmp_path: Path) -> None:
+    first = trainer_with(tmp_path / "first", guard=False)
+    unit = prompt_steps.size(first.model.get_base_model().get_input_embeddings().weight)
+    first.train()
+    start = AtFirstPass()
+    second = trainer_with(
+        tmp_path / "second",
+        model=first.model,
+        peft_config=None,
+        fit_head=False,
+        guard=False,
+        slices=2,
+        callbacks=[start],
+    )
+    second.train()
+    moved = second.model.state_dict()[PROMPT] - start.found[PROMPT]
+    assert prompt_steps.size(start.found[PROMPT]) > 50 * unit
+    assert prompt_steps.size(moved) < 2 * prompt_steps.PACE * unit  # two steps, the second half as long
+
+
+def test_a_walk_of_another_kind_is_not_taken_up(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"slices": 6, "guard": False, "save_strategy": "steps", "save_steps": 2}
+    trainer_with(tmp_path, **options).train()
+    again = trainer_with(tmp_path / "again", **options, max_steps=2)
+    with pytest.raises(ValueError, match="in small steps alone"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert (
+        again.settings_of_the_run()["directions"]
+        != trainer_with(tmp_path / "other", **options).settings_of_the_run()["directions"]
+    )
+
+
+def test_an_error_where_it_is_judged_leaves_the_walk_as_it_was(tmp_path: Path) -> None:
+    """Trainer goes on with smaller batches from there: the last slice must not count twice."""
+    options: dict[str, Any] = {"slices": 6, "guard": False, "auto_find_batch_size": True}
+    whole, again = trainer_with(tmp_path / "whole", **options), trainer_with(tmp_path / "again", **options)
+    settle, failed = again.settle_head, []
+
+    def failing() -> None:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        settle()
+
+    again.settle_head = failing  # type: ignore[method-assign]
+    for trainer in (whole, again):
+        trainer.train()
+    assert failed and relative_difference(again.model.state_dict()[PROMPT], whole.model.state_dict()[PROMPT]) < 1e-4
+
+
 def test_an_error_on_the_way_leaves_everything_as_it_was(tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
@@ -123,7 +173,7 @@ def test_neither_batches_nor_order_matter(change: dict[str, Any], tmp_path: Path
 
 
 def test_no_micro_batch_is_filled_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, seen = trainer_with(tmp_path, guard=False), []
+    trainer, seen = trainer_with(tmp_path, [*ROWS, *OTHERS[:1]], guard=False), []
     compute = trainer.compute_loss
 
     def noting(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +183,8 @@ def test_no_micro_batch_is_filled_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(trainer, "compute_loss", noting)
     trainer.train()
-    assert len(seen) == 120 and all(len(labels) == ROWS_AT_ONCE and min(labels) >= 0 for labels in seen)
+    assert len(seen) == 120 and sorted(map(len, seen)) == [ROWS_AT_ONCE] * 119 + [ROWS_AT_ONCE + 1]
+    assert all(min(labels) >= 0 for labels in seen)
 
 
 def test_gradients_are_those_of_the_head_that_goes_along(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from onestep_peft import OneStepTrainer, head
 from onestep_peft import slices as slices_module
-from onestep_peft.held_out import by_content, listed
+from onestep_peft.held_out import by_content, content_key, listed
 from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.slices import (
     PartedRows,
@@ -71,9 +71,16 @@ def test_every_row_is_in_one_slice_whatever_the_order() -> None:
     assert all([len(row) for row in part] == sorted((len(row) for row in part), reverse=True) for part in found)
 
 
-def test_slices_are_filled_up_with_rows_that_have_no_say() -> None:
+def test_one_process_has_slices_as_they_are() -> None:
     rows = sliced(ROWS, batch_size=5)
     for rows.current, part in enumerate(contents(sliced(ROWS))):
+        assert len(rows) == len(part) and all(rows[i]["labels"] != UNLABELLED for i in range(len(part)))
+
+
+def test_slices_of_several_are_filled_up_with_rows_that_have_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices_module.processes, "number", lambda: 5)
+    rows = sliced(ROWS, batch_size=1)
+    for rows.current, part in enumerate(contents(sliced(ROWS, batch_size=1))):
         assert len(rows) == 25
         assert [rows[i]["labels"] == UNLABELLED for i in range(25)] == [i >= len(part) for i in range(25)]
         assert rows.row(24) == rows.row(len(part) - 1)
@@ -84,14 +91,16 @@ def test_slices_are_filled_up_with_rows_that_have_no_say() -> None:
 def dealt(rows: list[dict[str, Any]], slices: int, first: int = 0) -> list[list[int]]:
     """Row numbers by slice, of those behind the first so many in content order."""
     each = listed(tokenised(rows))
-    return alike_in_length(by_content(each)[first:], [len(row["input_ids"]) for row in each], slices)
+    keys, lengths = [content_key(row) for row in each], [len(row["input_ids"]) for row in each]
+    return alike_in_length(keys, by_content(each)[first:], lengths, slices)
 
 
 @pytest.mark.parametrize(("number", "slices"), [(480, 10), (471, 10), (48, 1), (45, 9), (7, 7), (31, 16)])
 def test_slices_have_rows_of_all_lengths_in_runs_of_about_one_length(number: int, slices: int) -> None:
     lengths = torch.randint(4, 120, (number,), generator=torch.Generator().manual_seed(3)).tolist()
     order = torch.randperm(number, generator=torch.Generator().manual_seed(4)).tolist()
-    found = alike_in_length(order, lengths, slices)
+    keys = [str(i).encode() for i in range(number)]
+    found = alike_in_length(keys, order, lengths, slices)
     assert sorted(sum(found, [])) == list(range(number)) and all(part == sorted(part) for part in found)
     assert max(map(len, found)) - min(map(len, found)) <= 1
     if slices != 10:
@@ -108,9 +117,27 @@ def test_slices_have_rows_of_all_lengths_in_runs_of_about_one_length(number: int
 
 def test_rows_of_one_length_are_dealt_by_their_contents_alone() -> None:
     order = torch.randperm(60, generator=torch.Generator().manual_seed(4)).tolist()
-    found = alike_in_length(order, [9] * 60, 4)
-    assert sorted(map(tuple, found)) == sorted(map(tuple, alike_in_length(order, [20] * 60, 4)))
+    keys = [str(i).encode() for i in range(60)]
+    found = alike_in_length(keys, order, [9] * 60, 4)
+    assert found == alike_in_length(keys, order, [20] * 60, 4)
     assert max(abs(sum(part) / 15 - 29.5) for part in found) < 12  # by their numbers it would be up to 22
+
+
+def test_equal_rows_go_to_different_slices_and_are_no_neighbours() -> None:
+    keys = [bytes([i // 4]) for i in range(160)]  # 40 rows, four copies of each
+    found = alike_in_length(keys, list(range(160)), [9] * 160, 10)
+    assert all(len({keys[i] for i in part}) == 16 for part in found)
+    pairs = alike_in_length(keys, list(range(160)), [9] * 160, 80)
+    assert all(keys[a] != keys[b] for a, b in pairs)
+    assert pairs != sorted(pairs)
+
+
+def test_slices_that_fit_into_a_micro_batch_have_rows_of_one_length() -> None:
+    lengths = [5 + i // 2 for i in range(60)]
+    found = alike_in_length([bytes([i]) for i in range(60)], list(range(60)), lengths, 30)
+    assert all(lengths[a] == lengths[b] for a, b in found)
+    means = [lengths[a] for a, _ in found]
+    assert sorted(means) != means != sorted(means, reverse=True)
 
 
 def run(folder: Path, rows: list[dict[str, Any]], **options: Any) -> OneStepTrainer:
@@ -156,7 +183,7 @@ def test_the_first_slice_of_a_walk_is_the_longest() -> None:
         each = [rows[i] for i in range(len(rows))]
         lengths.append((len(each), sum(row["labels"] != UNLABELLED for row in each)))
         seen += [tuple(row["input_ids"]) for row in each if row["labels"] != UNLABELLED]
-    assert lengths == [(36, 35), *[(8, 7)] * 5]
+    assert lengths == [(35, 35), *[(7, 7)] * 5]
     assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in tokenised(ROWS))
 
 
@@ -306,7 +333,7 @@ def test_neither_batches_nor_order_matter_to_a_walk(
     monkeypatch.setattr(slices_module, "PACE", 0.025)
     one, other = walked(tmp_path / "one"), walked(tmp_path / "other", **change)
     for name, update in updates(one.model).items():
-        assert relative_difference(updates(other.model)[name], update) < 5e-3, name
+        assert relative_difference(updates(other.model)[name], update) < 2e-2, name
 
 
 def test_a_walk_that_does_not_help_leaves_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,8 @@ def layers(model: PeftModel, left_out: str | None = None) -> list[Prompt]:
     encoder: Any = cast(Any, model).prompt_encoder[adapter]
     shape = tuple(encoder.embedding.weight.shape)
     base: Any = model.base_model
-    return [Prompt("prompt", base, shape, lambda: encoder.embedding.weight)]
+    words: Any = cast(Any, model).get_base_model().get_input_embeddings()
+    return [Prompt("prompt", base, shape, lambda: encoder.embedding.weight, lambda: words.weight)]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -115,6 +116,7 @@ class Prompt:
         module: The module that takes `inputs_embeds`, the virtual tokens first.
         shape: `(n, d)`.
         parameter: Returns the parameter, `(n, d)`.
+        vocabulary: Returns the embeddings of real tokens, `(tokens, d)`; None for the parameter itself.
         rank: The largest rank of an update that can be written: any.
         part: With what it shares a step size.
     """
@@ -123,5 +125,11 @@ class Prompt:
     module: nn.Module
     shape: tuple[int, int]
     parameter: Callable[[], Tensor]
+    vocabulary: Callable[[], Tensor] | None = None
     rank: int | None = None
     part: Part = "weights"
+
+    def size(self) -> Tensor:
+        """Root mean square of the entries of real tokens, `()`."""
+        embeddings = (self.vocabulary or self.parameter)().detach()
+        return torch.linalg.vector_norm(embeddings, dtype=torch.float32) / math.sqrt(embeddings.numel())

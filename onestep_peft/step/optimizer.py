@@ -256,11 +256,10 @@ class OneStepOptimizer(torch.optim.Optimizer):
 
     def _walk_on(self, clock: Clock) -> None:
         walk, place = self.walk, self.done % self.settings.slices
-        before = Snapshot(self._parameters)
+        before, kept = Snapshot(self._parameters), walk.snapshot()
         try:
-            left = self.settings.left(place)
-            walk.advance(self.statistics, self.gradients, left=left, loss=self.loss)
-            self.step_size = left * walk.pace
+            walk.advance(self.statistics, self.gradients, left=self.settings.left(place), loss=self.loss)
+            self.step_size = self.settings.left(place) * walk.pace
             clock.lap("directions")
             if place == self.settings.slices - 1:
                 self.outcomes.append(self._end_of_walk(clock))
@@ -268,6 +267,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
                 clock.lap("guard")
         except BaseException:
             before.restore()
+            walk.load(kept)
             raise
 
     def _end_of_walk(self, clock: Clock) -> StepOutcome:

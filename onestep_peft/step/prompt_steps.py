@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-# Length of the first step, entry by entry, by the root mean square of the prompt's entries where it begins: of a prompt
-# alone, and of one whose head goes along, so that gradients stay those of a head that fits, and is fitted in the end.
+# Length of the first step, entry by entry, by the root mean square of the entries of real tokens (a prompt's own may
+# have grown in a walk before): of a prompt alone; and of one whose head goes along, so that gradients stay those of a
+# head that fits, and is fitted in the end.
 PACE, PACE_WITH_HEAD = 4.0, 16.0
 # That of the head's first step, by its own weights' root mean square.
 HEAD_PACE = 0.06
@@ -45,9 +46,9 @@ def size(parameter: Tensor) -> Tensor:
     return parameter.detach().float().square().mean().sqrt()
 
 
-def begin_prompt(name: str, prompt: Tensor) -> dict[str, Tensor]:
-    """The same for a prompt `(tokens, d)`, whose first step is as long as its own entries."""
-    return begin(name, prompt, size(prompt)) | {f"{NORM}/{name}": prompt.new_zeros(len(prompt), 1, dtype=torch.float32)}
+def begin_prompt(name: str, prompt: Tensor, length: Tensor) -> dict[str, Tensor]:
+    """The same for a prompt `(tokens, d)`."""
+    return begin(name, prompt, length) | {f"{NORM}/{name}": prompt.new_zeros(len(prompt), 1, dtype=torch.float32)}
 
 
 def even(gradient: Tensor, kept: Mapping[str, Tensor], name: str) -> Tensor:

@@ -23,8 +23,9 @@ DEAD_SHARE = 1e-6
 TRIANGLE_BLOCK = 256
 # No side up to this width is cut into blocks.
 BLOCK_MIN = 384
-# Products of vectors from this width on are taken in bfloat16, where the processor has units for it.
-SHORT_MIN = 128
+# Products of vectors from this width on are taken in bfloat16, where the processor has units for it; but not those of
+# so many tokens at first: a mean over few micro-batches has to be exact.
+SHORT_MIN, EXACT_TOKENS = 128, 1_000
 
 
 class Statistics(Protocol):
@@ -59,8 +60,8 @@ class LayerStatistics:
 
     Where only a diagonal or a trace is kept they have the shapes `(d,)` and `()`. Of a side that is wider than the
     other (the inner one of a feed-forward part; the input of keys and values that heads share) only blocks on the
-    diagonal are kept, `(blocks, d / blocks, d / blocks)`, each about half as wide as the other side: covariances then
-    take about as much time and room as G.
+    diagonal are kept, `(blocks, d / blocks, d / blocks)`, each about half as wide as the other side, or as 384:
+    covariances then take about as much time and room as G.
 
     N is the number of items (rows, or labelled tokens) whose losses were added up. Padding has δ = 0 and so
     drops out by itself. While `covers` is off, rows add to G and to diagonals, but not to whole matrices A and S: these
@@ -126,6 +127,7 @@ class LayerStatistics:
             self.covered_tokens += number
         elif not self._sums_gradient and {self._input_factor, self._output_factor} <= {"dense", "one"}:
             return  # all that is left to add up is autograd's
+        short = _multiplies_bfloat16(delta.device.type) and float(self.covered_tokens) > EXACT_TOKENS
         delta = delta.reshape(-1, delta.shape[-1]).float()  # (tokens, d_out)
         if self._input_factor == "diagonal":
             self.input_covariance.index_add_(0, x.reshape(-1), live.float())
@@ -138,9 +140,9 @@ class LayerStatistics:
             if self._sums_gradient:
                 self.gradient.addmm_(delta.T, x)
             if self._adds_to(self._input_factor):
-                _add_products(self.input_covariance, x)
+                _add_products(self.input_covariance, x, short)
         if self._adds_to(self._output_factor):
-            _add_products(self.output_grad_covariance, delta)
+            _add_products(self.output_grad_covariance, delta, short)
 
     def _adds_to(self, factor: Factor) -> bool:
         return self.covers or factor != "dense"
@@ -202,17 +204,18 @@ def _blocks(d: int, other: int) -> int:
     return next((blocks for blocks in range(least, 2 * least) if d % blocks == 0), 1)
 
 
-def _add_products(total: Tensor, vectors: Tensor) -> None:
+def _add_products(total: Tensor, vectors: Tensor, short: bool) -> None:
     """Adds Σ v vᵀ, its diagonal or its trace, over vectors `(tokens, d)`; of a large matrix the lower triangle only.
 
-    A micro-batch's products in bfloat16 are rounded to 2^-9 of each, far below what chance does to a mean over so few
-    tokens, and below the damping. What is summed up over micro-batches is so in fp32.
+    Args:
+        short: Whether products of wide vectors are taken in bfloat16. A micro-batch's are rounded to 2^-8 of each then,
+            and summed up in fp32: over many of them that is far below what chance does to a mean over so few tokens.
     """
     if total.dim() < 2:
         total += vectors.square().sum(0) if total.dim() == 1 else vectors.square().sum()
         return
     d = total.shape[-1]
-    if d >= SHORT_MIN and _multiplies_bfloat16(total.device.type):
+    if short and d >= SHORT_MIN:
         vectors = vectors.bfloat16()
     if total.dim() == 2:
         _add_triangle(total, vectors)

@@ -116,14 +116,23 @@ class Walk:
         """The held-out rows' losses where the walk began, `(rows,)`."""
         return self._kept["losses"]
 
-    def check(self, slices: int) -> None:
-        """Raises a ValueError where a checkpoint's walk is one through another number of slices."""
+    def check(self, slices: int, at_once: bool = False) -> None:
+        """Raises a ValueError where a checkpoint's walk is one through another number of slices, or of another kind."""
         found = int(self._kept["slices"]) if self.under_way else slices
         if found != slices:
             raise ValueError(
                 f"The checkpoint is from a walk with `slices={found}`, and the run has {slices}. Resume with the same "
                 "`slices`."
             )
+        if self.under_way and self._is_at_once != at_once:
+            raise ValueError(
+                "The checkpoint is from a walk of a prompt in small steps alone, and the run is none, or the other way "
+                "round. Resume with the same `direction` and `max_steps`."
+            )
+
+    @property
+    def _is_at_once(self) -> bool:
+        return any(prompt_steps.goes_by(self._kept, layer.name) for layer in self._layers)
 
     @property
     def pace(self) -> float:
@@ -191,8 +200,8 @@ class Walk:
         """What the small steps of prompts and of the head go by, before the first one."""
         kept: dict[str, Tensor] = {}
         for layer in self._layers:
-            assert layer.parameter is not None
-            kept |= prompt_steps.begin_prompt(layer.name, layer.parameter())
+            assert isinstance(layer, Prompt)
+            kept |= prompt_steps.begin_prompt(layer.name, layer.parameter(), layer.size())
         weights = [prompt_steps.size(parameter) for parameter in self._head if parameter.dim() > 1]
         for i, parameter in enumerate(self._head):
             length = prompt_steps.HEAD_PACE / prompt_steps.PACE_WITH_HEAD * weights[0]
@@ -246,9 +255,8 @@ class Walk:
         high = bool(self._kept.get("moved", True)) and loss > float(self._kept.get("astray", math.inf))
         self._kept["warned"] = torch.tensor(high and not warned)
         if math.isnan(loss) or (high and warned):
-            at_once = any(prompt_steps.goes_by(self._kept, layer.name) for layer in self._layers)
             self.go_back()
-            self._kept |= {"pace": self._kept["pace"] / 2, **(self._adams() if at_once else {})}
+            self._kept |= {"pace": self._kept["pace"] / 2, **(self._adams() if self._is_at_once else {})}
             self._kept["moved"] = torch.tensor(False)
             return True
         return high
@@ -289,6 +297,11 @@ class Walk:
         for i, parameter in enumerate(self._parameters):
             parameter.copy_(self._kept[f"start/{i}"])
             self._kept.pop(f"wide/{i}", None)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All that the walk goes by, to `load` where a step comes to nothing."""
+        in_place = ("adam/", "wide/")
+        return {name: one.clone() if name.startswith(in_place) else one for name, one in self._kept.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the walk goes by, by name; empty where none is under way."""

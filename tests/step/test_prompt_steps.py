@@ -50,6 +50,16 @@ def test_steps_are_adams_along_gradients_by_their_mean_length_so_far() -> None:
         assert relative_difference(ours, theirs) < 1e-5
 
 
+def test_steps_are_as_long_as_real_tokens_say() -> None:
+    prompt, words = nn.Parameter(drawn(*SHAPE)), 0.5 * drawn(50, 5)
+    layer = Prompt("prompt", nn.Linear(1, 1), SHAPE, lambda: prompt, lambda: words)
+    walk = Walk([layer], [prompt])
+    walk.begin_at_once(slices=STEPS, losses=torch.ones(4))
+    advance(walk, prompt, torch.ones(*SHAPE), 1.0)
+    expected = prompt_steps.PACE * float(words.square().mean().sqrt())
+    assert torch.allclose(prompt, drawn(*SHAPE) - expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
 def test_neither_the_scale_of_the_prompt_nor_that_of_the_losses_matters(scale: float) -> None:
     one, other = nn.Parameter(drawn(*SHAPE)), nn.Parameter(scale * drawn(*SHAPE))
