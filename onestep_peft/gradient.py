@@ -19,7 +19,7 @@ from onestep_peft.held_out import padded
 from onestep_peft.methods import Method
 from onestep_peft.out_of_fold import Pulling
 from onestep_peft.rows import Tokeniser
-from onestep_peft.slices import LEAD, PartedRows, SlicedRows
+from onestep_peft.slices import LEAD, ROWS_ON_A_CPU, PartedRows, SlicedRows
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
@@ -103,9 +103,7 @@ class ExactGradientTrainer(Trainer):
         self._sliced = None
         if self.slices > 1:
             lead = LEAD if cast(OneStepConfig, self.args).walks and not self.walks_at_once else 0.0
-            if self.walks_at_once:  # slices are so small that most of a micro-batch would only fill it up
-                by_process = -(-len(rows) // (self.slices * processes.number()))
-                self._train_batch_size = min(self._train_batch_size, by_process)
+            self._train_batch_size = min(self._train_batch_size, self._rows_at_a_time(len(rows)))
             self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
         elif self.parts * self.shares > 1:
             self._sliced = PartedRows(rows, self.parts, self.shares, self._train_batch_size)
@@ -114,6 +112,12 @@ class ExactGradientTrainer(Trainer):
             return super().get_train_dataloader()
         finally:
             self.train_dataset = rows
+
+    def _rows_at_a_time(self, rows: int) -> int:
+        """The most rows that a micro-batch of a walk is to have: sizes never tell in what comes of it."""
+        if self.walks_at_once:  # where there are several processes most of a larger one would only fill it up
+            return -(-rows // (self.slices * processes.number()))
+        return ROWS_ON_A_CPU if self.args.device.type == "cpu" else rows
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
         """As in Trainer, with all micro-batches of the pass in one step. Runs again when batches get smaller."""

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from onestep_peft.config import AUTO, OneStepConfig
-from onestep_peft.held_out import by_content, content_key, listed, without_labels
+from onestep_peft.held_out import by_content, listed, without_labels
 from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.step import processes
 from onestep_peft.tasks import Task
@@ -31,9 +31,8 @@ LEAD_ROWS, LEAD_ROWS_BY_CLASS = 300, 16
 # Where a walk is of small steps alone each has so many rows, unless that were more steps than so many. Where fewer rows
 # are there than so many, one searched step makes more of them.
 ROWS_AT_ONCE, STEPS_AT_ONCE, LEAST_AT_ONCE = 2, 500, 200
-# The rows of a slice are runs of rows of about one length, of so many at most: they fit into a micro-batch, and longer
-# ones would leave a slice few lengths.
-RUN = 16
+# On the CPU so many rows at a time are multiplied as fast as more, and need less padding where a slice has few rows.
+ROWS_ON_A_CPU = 8
 # From so many tokens that a language model learns on, the rows are walked through in slices.
 WALK_ITEMS = 80_000
 
@@ -94,42 +93,28 @@ def of_small_steps(rows: int, slices: int, task: Task) -> tuple[float, float]:
     return pace(each), math.inf if task.by_token else each
 
 
-def alike_in_length(
-    keys: Sequence[bytes], order: Sequence[int], lengths: Sequence[int], slices: int
-) -> list[list[int]]:
-    """Deals rows into slices of alike lengths, in which those of a run are nearly as long as each other.
-
-    Rows are sorted by length, and dealt in runs. So the micro-batches of a slice need hardly any padding, and where it
-    has several runs it has rows of all lengths. Equal rows go to different runs, as far as there are others as long.
+def dealt(order: Sequence[int], slices: int, lengths: Sequence[int] | None = None) -> list[list[int]]:
+    """Deals rows into slices.
 
     Args:
-        keys: What the rows contain, by row number.
-        order: The rows' numbers, in an order that follows from their contents, equal rows next to each other.
-        lengths: By row number.
+        order: The rows' numbers, in an order that follows from their contents, equal rows next to each other: they go
+            to different slices, which are no neighbours.
         slices: Number of slices.
+        lengths: By row number; with them each slice has long rows and short ones, about as many tokens as the others.
 
     Returns:
         The rows' numbers by slice, in ascending order. Slices differ by one row at most.
     """
-    rank = {row: place for place, row in enumerate(order)}
-    copies: dict[int, int] = {}
-    for row, before in zip(order, [None, *order], strict=False):
-        copies[row] = copies[before] + 1 if before is not None and keys[row] == keys[before] else 0
-    by_length = sorted(order, key=lambda row: (-lengths[row], copies[row], rank[row]))
-    run = min(RUN, -(-len(order) // slices))
     groups: list[list[int]] = [[] for _ in range(slices)]
     totals = [0] * slices
-    for start in range(0, len(order), run * slices):
-        part = by_length[start : start + run * slices]
-        ends = [i * len(part) // slices for i in range(slices + 1)]
-        runs = [part[i:j] for i, j in itertools.pairwise(ends) if i < j]
-        if not start:
-            runs.sort(key=lambda rows: rank[rows[0]])
-        # The longest of the runs that follow go to the slices that are the shortest so far.
-        for slice_, rows in zip(sorted(range(slices), key=totals.__getitem__), runs, strict=False):
-            groups[slice_] += rows
-            totals[slice_] += sum(lengths[row] for row in rows)
-    random.Random(0).shuffle(groups)  # slices of rows as long, or equal, as each other had better not be neighbours
+    sequence = order if lengths is None else sorted(order, key=lambda row: -lengths[row])
+    for start in range(0, len(order), slices):
+        # The longest of the next rows go to the slices that are the shortest so far.
+        places = sorted(range(slices), key=totals.__getitem__)
+        for place, row in zip(places, sequence[start : start + slices], strict=False):
+            groups[place].append(row)
+            totals[place] += lengths[row] if lengths is not None else 0
+    random.Random(0).shuffle(groups)
     return [sorted(group) for group in groups]
 
 
@@ -168,12 +153,11 @@ class SlicedRows(Dataset):
 
     def _dealt(self, slices: int) -> list[list[int]]:
         rows = listed(self._rows)
-        order, keys = by_content(rows), [content_key(row) for row in rows]
+        order = by_content(rows)
         first = rows_of_the_lead(len(order), slices, self._lead)
-        lengths = [len(row.get("input_ids", ())) for row in rows]
         if first * slices < len(order) + slices:
-            return alike_in_length(keys, order, lengths, slices)
-        return [sorted(order[:first]), *alike_in_length(keys, order[first:], lengths, slices - 1)]
+            return dealt(order, slices, [len(row.get("input_ids", ())) for row in rows])
+        return [sorted(order[:first]), *dealt(order[first:], slices - 1)]
 
     def _multiple(self, batch_size: int) -> int:
         """Of how many rows the places of a slice are a multiple."""

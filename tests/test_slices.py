@@ -13,12 +13,12 @@ from transformers import TrainerCallback
 
 from onestep_peft import OneStepTrainer, head
 from onestep_peft import slices as slices_module
-from onestep_peft.held_out import by_content, content_key, listed
+from onestep_peft.held_out import by_content, listed
 from onestep_peft.out_of_fold import fold_of_each
 from onestep_peft.slices import (
     PartedRows,
     SlicedRows,
-    alike_in_length,
+    dealt,
     number_of_shares,
     number_of_slices,
     of_small_steps,
@@ -88,56 +88,36 @@ def test_slices_of_several_are_filled_up_with_rows_that_have_no_say(monkeypatch:
             rows[25]
 
 
-def dealt(rows: list[dict[str, Any]], slices: int, first: int = 0) -> list[list[int]]:
-    """Row numbers by slice, of those behind the first so many in content order."""
+def rows_by_slice(rows: list[dict[str, Any]], slices: int, first: int = 0) -> list[list[int]]:
+    """Row numbers by slice: of all, or of a walk's behind the first so many in content order."""
     each = listed(tokenised(rows))
-    keys, lengths = [content_key(row) for row in each], [len(row["input_ids"]) for row in each]
-    return alike_in_length(keys, by_content(each)[first:], lengths, slices)
+    lengths = None if first else [len(row["input_ids"]) for row in each]
+    return dealt(by_content(each)[first:], slices, lengths)
 
 
 @pytest.mark.parametrize(("number", "slices"), [(480, 10), (471, 10), (48, 1), (45, 9), (7, 7), (31, 16)])
-def test_slices_have_rows_of_all_lengths_in_runs_of_about_one_length(number: int, slices: int) -> None:
-    lengths = torch.randint(4, 120, (number,), generator=torch.Generator().manual_seed(3)).tolist()
+def test_slices_are_as_large_as_each_other(number: int, slices: int) -> None:
     order = torch.randperm(number, generator=torch.Generator().manual_seed(4)).tolist()
-    keys = [str(i).encode() for i in range(number)]
-    found = alike_in_length(keys, order, lengths, slices)
+    found = dealt(order, slices)
     assert sorted(sum(found, [])) == list(range(number)) and all(part == sorted(part) for part in found)
     assert max(map(len, found)) - min(map(len, found)) <= 1
-    if slices != 10:
-        return
-    padded = 0
-    for part in found:
-        by_length = sorted((lengths[i] for i in part), reverse=True)
-        padded += sum(len(by_length[i : i + 16]) * by_length[i] for i in range(0, len(part), 16))
-        assert by_length[0] > 81 and by_length[-1] < 43
-        assert abs(sum(by_length) / len(part) - sum(lengths) / number) < 8
-    apart = sum(len(order[i::10]) * max(lengths[j] for j in order[i::10]) for i in range(10))
-    assert padded < 1.06 * sum(lengths) < apart  # apart: what a batch a slice would take
 
 
-def test_rows_of_one_length_are_dealt_by_their_contents_alone() -> None:
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(4)).tolist()
-    keys = [str(i).encode() for i in range(60)]
-    found = alike_in_length(keys, order, [9] * 60, 4)
-    assert found == alike_in_length(keys, order, [20] * 60, 4)
-    assert max(abs(sum(part) / 15 - 29.5) for part in found) < 12  # by their numbers it would be up to 22
+def test_slices_without_a_lead_have_long_rows_and_short_ones() -> None:
+    lengths = torch.randint(4, 120, (400,), generator=torch.Generator().manual_seed(3)).tolist()
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(4)).tolist()
+    pairs = dealt(order, 200, lengths)
+    assert all(min(lengths[a], lengths[b]) <= sorted(lengths)[200] <= max(lengths[a], lengths[b]) for a, b in pairs)
+    totals = [lengths[a] + lengths[b] for a, b in pairs]
+    at_random = [lengths[a] + lengths[b] for a, b in dealt(order, 200)]
+    assert max(totals) - min(totals) < (max(at_random) - min(at_random)) / 2
 
 
-def test_equal_rows_go_to_different_slices_and_are_no_neighbours() -> None:
-    keys = [bytes([i // 4]) for i in range(160)]  # 40 rows, four copies of each
-    found = alike_in_length(keys, list(range(160)), [9] * 160, 10)
-    assert all(len({keys[i] for i in part}) == 16 for part in found)
-    pairs = alike_in_length(keys, list(range(160)), [9] * 160, 80)
-    assert all(keys[a] != keys[b] for a, b in pairs)
-    assert pairs != sorted(pairs)
-
-
-def test_slices_that_fit_into_a_micro_batch_have_rows_of_one_length() -> None:
-    lengths = [5 + i // 2 for i in range(60)]
-    found = alike_in_length([bytes([i]) for i in range(60)], list(range(60)), lengths, 30)
-    assert all(lengths[a] == lengths[b] for a, b in found)
-    means = [lengths[a] for a, _ in found]
-    assert sorted(means) != means != sorted(means, reverse=True)
+def test_equal_rows_go_to_different_slices_that_are_no_neighbours() -> None:
+    found = dealt(range(160), 80)
+    of_row = [next(place for place, part in enumerate(found) if row in part) for row in range(160)]
+    apart = [abs(of_row[i] - of_row[i + 1]) for i in range(159)]
+    assert min(apart) > 0 and sum(one == 1 for one in apart) < 10
 
 
 def run(folder: Path, rows: list[dict[str, Any]], **options: Any) -> OneStepTrainer:
@@ -153,7 +133,7 @@ def run(folder: Path, rows: list[dict[str, Any]], **options: Any) -> OneStepTrai
 def test_each_step_is_the_one_that_a_run_on_its_rows_would_make(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", ROWS, slices=2, fit_head=False)
     assert len(whole.report.steps) == 2 and whole.report.rows["gradient"] == len(ROWS)
-    of_first, of_second = dealt(ROWS, 2)
+    of_first, of_second = rows_by_slice(ROWS, 2)
     first = run(tmp_path / "first", [ROWS[i] for i in of_first], fit_head=False)
     done = updates(first.model)
     # The second run begins where the first has ended.
@@ -269,7 +249,7 @@ def test_each_small_step_has_the_gradient_of_its_slice_at_the_model_as_it_is(
     noted = Gradients(trainer, monkeypatch)
     trainer.train()
     assert len(noted.seen) == 5
-    model, parts = tiny_bert(), dealt(WALK_ROWS_HERE, 5, first=80)
+    model, parts = tiny_bert(), rows_by_slice(WALK_ROWS_HERE, 5, first=80)
     for part, (state, gradient, loss) in zip(parts, noted.seen, strict=True):
         model.load_state_dict(state)
         batch = trainer.data_collator([tokenised(WALK_ROWS_HERE)[i] for i in part])
