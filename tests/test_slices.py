@@ -144,7 +144,7 @@ def test_each_step_is_the_one_that_a_run_on_its_rows_would_make(tmp_path: Path) 
         fit_head=False,
     )
     for name, update in updates(whole.model).items():
-        assert relative_difference(update, done[name] + updates(second.model)[name]) < 1e-4, name
+        assert relative_difference(update, done[name] + updates(second.model)[name]) < 1e-3, name
 
 
 @pytest.mark.parametrize("change", [{"per_device_train_batch_size": 3}, {"rows": ROWS[::-1]}])
