@@ -60,8 +60,8 @@ class LayerStatistics:
 
     Where only a diagonal or a trace is kept they have the shapes `(d,)` and `()`. Of a side that is wider than the
     other (the inner one of a feed-forward part; the input of keys and values that heads share) only blocks on the
-    diagonal are kept, `(blocks, d / blocks, d / blocks)`, each about half as wide as the other side, or as 384:
-    covariances then take about as much time and room as G.
+    diagonal are kept, `(blocks, d / blocks, d / blocks)`, each about as wide as the other side, or as 384: covariances
+    then take about as much time and room as G.
 
     N is the number of items (rows, or labelled tokens) whose losses were added up. Padding has δ = 0 and so
     drops out by itself. While `covers` is off, rows add to G and to diagonals, but not to whole matrices A and S: these
@@ -199,8 +199,7 @@ def _shape(factor: Factor, d: int, other: int) -> tuple[int, ...]:
 
 def _blocks(d: int, other: int) -> int:
     """In how many equal blocks the covariance of a side is kept; one where its width does not divide evenly."""
-    width = max(other, BLOCK_MIN)
-    least = 1 if d <= width else 2 * -(-d // width)
+    least = -(-d // max(other, BLOCK_MIN))
     return next((blocks for blocks in range(least, 2 * least) if d % blocks == 0), 1)
 
 

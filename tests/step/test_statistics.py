@@ -301,7 +301,7 @@ def test_a_covariance_of_any_size_is_symmetric_and_that_of_all_tokens_in_float64
         assert d <= TRIANGLE_BLOCK or torch.equal(found, found.T)
 
 
-@pytest.mark.parametrize("shape", [(384, 384), (20, 1536), (600, 1200)])  # whole; small blocks; large ones
+@pytest.mark.parametrize("shape", [(384, 384), (20, 1000), (20, 1536)])  # whole; small blocks; large ones
 def test_products_in_bfloat16_are_those_in_float64_to_the_rounding_of_a_micro_batch(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,8 +357,8 @@ def test_sums_of_large_covariances_can_be_saved_on_the_way_and_start_again() -> 
 @pytest.mark.parametrize(
     ("d", "other", "blocks"),
     [
-        (1536, 384, 8), (384, 1536, 1), (3072, 768, 8), (768, 768, 1), (384, 3, 1), (2048, 512, 8), (172, 64, 1),
-        (769, 2, 1), (770, 2, 7), (11008, 4096, 8), (4096, 1024, 8),
+        (1536, 384, 4), (384, 1536, 1), (3072, 768, 4), (768, 768, 1), (384, 3, 1), (2048, 512, 4), (172, 64, 1),
+        (769, 2, 1), (770, 2, 5), (11008, 4096, 4), (4096, 1024, 4),
     ],
 )  # fmt: skip
 def test_a_side_that_is_wider_than_the_other_has_its_covariance_in_blocks(d: int, other: int, blocks: int) -> None:
@@ -378,9 +378,9 @@ def test_blocks_are_those_of_the_whole_covariance_in_float64() -> None:
     record.finish(83)
     x = torch.cat([x for x, _ in parts]).double()
     whole = x.T @ x / 83
-    assert record.input_covariance.shape == (8, 150, 150)
+    assert record.input_covariance.shape == (4, 300, 300)
     for i, block in enumerate(record.input_covariance):
-        part = slice(150 * i, 150 * (i + 1))
+        part = slice(300 * i, 300 * (i + 1))
         assert torch.allclose(block.double(), whole[part, part], rtol=1e-5, atol=1e-5)
         assert torch.equal(block, block.T)
     assert not record.is_noise()
