@@ -52,7 +52,7 @@ def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str
     slices = int(trainer.args.slices)
     return {
         # The head that a walk begins with knows its first slice only.
-        "head": stages[1] if slices == 1 else baselines.head_alone(setting),
+        "head": stages[1] if slices == 1 or trainer.walks_at_once else baselines.head_alone(setting),
         "test": stages[-1],
         **({"threshold": report.threshold["value"]} if report.threshold else {}),
         "accepted": [step["accepted"] for step in report.steps],
@@ -65,7 +65,8 @@ def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str
 def forwards(report: Any, slices: int) -> int:
     """Forwards of single rows that the run took; a row of the pass counts three, a head's row one."""
     rows, held = report.rows["gradient"], max(report.rows["search"], report.rows["guard"])
-    total = rows_of_the_lead(rows, slices) + held  # the first head; its losses need no forward
+    alone = report.steps[0]["direction"] == WALK  # small steps alone, and the head that follows them
+    total = (rows * 5 if alone else rows_of_the_lead(rows, slices)) + held  # the first head; its losses need no forward
     for step in report.steps:
         searches = [*step["candidates"], *step.get("parts", ())]
         total += held * sum(len(search["points"]) - 1 for search in searches)  # zero is known
