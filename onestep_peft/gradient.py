@@ -61,6 +61,11 @@ class ExactGradientTrainer(Trainer):
         return alone and config.walks and config.max_steps == self.slices
 
     @property
+    def leads(self) -> bool:
+        """Whether the first slice of a walk makes a step that is searched."""
+        return cast(OneStepConfig, self.args).walks and not self.walks_at_once
+
+    @property
     def parts(self) -> int:
         """Into how many parts the rows of a pass are dealt, each with a body of its own."""
         return 1
@@ -102,7 +107,7 @@ class ExactGradientTrainer(Trainer):
         rows: Any = self.train_dataset
         self._sliced = None
         if self.slices > 1:
-            lead = LEAD if cast(OneStepConfig, self.args).walks and not self.walks_at_once else 0.0
+            lead = LEAD if self.leads else 0.0
             self._train_batch_size = min(self._train_batch_size, self._rows_at_a_time(len(rows)))
             self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
         elif self.parts * self.shares > 1:

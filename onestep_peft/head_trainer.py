@@ -257,7 +257,7 @@ class HeadTrainer(SharingTrainer):
                 body has seen the rows of the others when their turn comes.
         """
         places = list(range(len(self.pass_rows)))
-        if lead and cast(OneStepConfig, self.args).walks and self._sliced is not None and not self.walks_at_once:
+        if lead and self.leads and self._sliced is not None:
             places = self._sliced.lead
         if not self.task.by_token:
             return places

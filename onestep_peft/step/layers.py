@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -128,8 +127,3 @@ class Prompt:
     vocabulary: Callable[[], Tensor] | None = None
     rank: int | None = None
     part: Part = "weights"
-
-    def size(self) -> Tensor:
-        """Root mean square of the entries of real tokens, `()`."""
-        embeddings = (self.vocabulary or self.parameter)().detach()
-        return torch.linalg.vector_norm(embeddings, dtype=torch.float32) / math.sqrt(embeddings.numel())

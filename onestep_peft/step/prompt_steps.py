@@ -9,6 +9,7 @@ what the ones before it have been, here by their mean length).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -42,8 +43,9 @@ def begin(name: str, parameter: Tensor, length: Tensor) -> dict[str, Tensor]:
 
 
 def size(parameter: Tensor) -> Tensor:
-    """Root mean square of the entries."""
-    return parameter.detach().float().square().mean().sqrt()
+    """Root mean square of the entries, `()`."""
+    entries = parameter.detach()
+    return torch.linalg.vector_norm(entries, dtype=torch.float32) / math.sqrt(entries.numel())
 
 
 def begin_prompt(name: str, prompt: Tensor, length: Tensor) -> dict[str, Tensor]:

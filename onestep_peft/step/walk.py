@@ -201,7 +201,8 @@ class Walk:
         kept: dict[str, Tensor] = {}
         for layer in self._layers:
             assert isinstance(layer, Prompt)
-            kept |= prompt_steps.begin_prompt(layer.name, layer.parameter(), layer.size())
+            length = prompt_steps.size((layer.vocabulary or layer.parameter)())
+            kept |= prompt_steps.begin_prompt(layer.name, layer.parameter(), length)
         weights = [prompt_steps.size(parameter) for parameter in self._head if parameter.dim() > 1]
         for i, parameter in enumerate(self._head):
             length = prompt_steps.HEAD_PACE / prompt_steps.PACE_WITH_HEAD * weights[0]
