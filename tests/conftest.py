@@ -112,7 +112,7 @@ def config_for(folder: Path, **options: Any) -> OneStepConfig:
 @pytest.fixture
 def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Covariances as on a processor without units for bfloat16: where an oracle is to agree in more than two digits."""
-    monkeypatch.setattr("onestep_peft.step.statistics._multiplies_bfloat16", lambda _device: False)
+    monkeypatch.setattr("onestep_peft.step.quick_products.PRECISION", "ieee")
 
 
 def trainer_for(

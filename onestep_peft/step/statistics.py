@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,18 +13,16 @@ from torch import Tensor, nn
 from onestep_peft.step import processes
 from onestep_peft.step.layers import Factor, Layer, Prompt
 from onestep_peft.step.natural import RowGradients
+from onestep_peft.step.quick_products import quick_ones_are_exact, quick_products
 
 # Below this share of the bound that Cauchy and Schwarz set, a gradient is rounding noise and has no direction.
 NOISE_FLOOR = 1e-6
 # Below this share of the largest δ in its row, a token's δ is rounding noise.
 DEAD_SHARE = 1e-6
 # A covariance is symmetric: it is summed in columns of blocks of this size, from the diagonal down.
-TRIANGLE_BLOCK = 256
+TRIANGLE_BLOCK = 192
 # No side up to this width is cut into blocks.
 BLOCK_MIN = 384
-# Products of vectors from this width on are taken in bfloat16, where the processor has units for it; but not those of
-# so many tokens at first: a mean over few micro-batches has to be exact.
-SHORT_MIN, EXACT_TOKENS = 128, 1_000
 
 
 class Statistics(Protocol):
@@ -127,7 +124,6 @@ class LayerStatistics:
             self.covered_tokens += number
         elif not self._sums_gradient and {self._input_factor, self._output_factor} <= {"dense", "one"}:
             return  # all that is left to add up is autograd's
-        short = _multiplies_bfloat16(delta.device.type) and float(self.covered_tokens) > EXACT_TOKENS
         delta = delta.reshape(-1, delta.shape[-1]).float()  # (tokens, d_out)
         if self._input_factor == "diagonal":
             self.input_covariance.index_add_(0, x.reshape(-1), live.float())
@@ -136,13 +132,15 @@ class LayerStatistics:
             if x.device.type != "cpu":  # indexing would wait for the device
                 x = x * live[:, None]
             elif number < len(live):
-                x, delta = x[live], delta[live]
+                places = live.nonzero().squeeze(1)  # a third of the time that a mask takes
+                x, delta = x.index_select(0, places), delta.index_select(0, places)
             if self._sums_gradient:
-                self.gradient.addmm_(delta.T, x)
+                with quick_products() if quick_ones_are_exact() else nullcontext():
+                    self.gradient.addmm_(delta.T, x)
             if self._adds_to(self._input_factor):
-                _add_products(self.input_covariance, x, short)
+                _add_products(self.input_covariance, x)
         if self._adds_to(self._output_factor):
-            _add_products(self.output_grad_covariance, delta, short)
+            _add_products(self.output_grad_covariance, delta)
 
     def _adds_to(self, factor: Factor) -> bool:
         return self.covers or factor != "dense"
@@ -203,47 +201,32 @@ def _blocks(d: int, other: int) -> int:
     return next((blocks for blocks in range(least, 2 * least) if d % blocks == 0), 1)
 
 
-def _add_products(total: Tensor, vectors: Tensor, short: bool) -> None:
+def _add_products(total: Tensor, vectors: Tensor) -> None:
     """Adds Σ v vᵀ, its diagonal or its trace, over vectors `(tokens, d)`; of a large matrix the lower triangle only.
 
-    Args:
-        short: Whether products of wide vectors are taken in bfloat16. A micro-batch's are rounded to 2^-8 of each then,
-            and summed up in fp32: over many of them that is far below what chance does to a mean over so few tokens.
+    Where the processor has units for it, factors are rounded to bfloat16, to 2^-9 of each: over many tokens that is far
+    below what chance does to a mean. The products are summed up in fp32.
     """
     if total.dim() < 2:
         total += vectors.square().sum(0) if total.dim() == 1 else vectors.square().sum()
         return
     d = total.shape[-1]
-    if short and d >= SHORT_MIN:
-        vectors = vectors.bfloat16()
-    if total.dim() == 2:
-        _add_triangle(total, vectors)
-    elif d > TRIANGLE_BLOCK:
-        for block, part in zip(total, vectors.split(d, 1), strict=True):
-            _add_triangle(block, part)
-    else:
-        parts = vectors.view(len(vectors), -1, d).transpose(0, 1).contiguous()  # (blocks, tokens, d)
-        total += parts.mT @ parts
+    with quick_products():
+        if total.dim() == 2:
+            _add_triangle(total, vectors)
+        elif d > TRIANGLE_BLOCK:
+            for block, part in zip(total, vectors.split(d, 1), strict=True):
+                _add_triangle(block, part)
+        else:
+            parts = vectors.view(len(vectors), -1, d).transpose(0, 1)  # (blocks, tokens, d)
+            total.baddbmm_(parts.mT, parts)
 
 
 def _add_triangle(total: Tensor, vectors: Tensor) -> None:
     d = total.shape[0]
     for start in range(0, d, TRIANGLE_BLOCK):
         end = min(start + TRIANGLE_BLOCK, d)
-        corner, left, right = total[start:, start:end], vectors[:, start:].T, vectors[:, start:end]
-        if vectors.dtype == total.dtype:
-            corner.addmm_(left, right)
-        else:
-            corner += left @ right
-
-
-@cache
-def _multiplies_bfloat16(device: str) -> bool:
-    """Whether matrices in bfloat16 are multiplied by units of their own, three times as fast as those in fp32."""
-    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.13, say
-        return False
-    known = torch.cpu.get_capabilities()
-    return any(known.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
+        total[start:, start:end].addmm_(vectors[:, start:].T, vectors[:, start:end])
 
 
 def _mirror(total: Tensor) -> None:

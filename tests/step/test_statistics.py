@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onestep_peft.step.layers import Layer
-from onestep_peft.step.statistics import SHORT_MIN, TRIANGLE_BLOCK, LayerStatistics, observed
+from onestep_peft.step.statistics import TRIANGLE_BLOCK, LayerStatistics, observed
 from tests.conftest import relative_difference
 
 D_IN, HIDDEN, CLASSES, TOKENS = 5, 7, 3, 4
@@ -302,10 +302,7 @@ def test_a_covariance_of_any_size_is_symmetric_and_that_of_all_tokens_in_float64
 
 
 @pytest.mark.parametrize("shape", [(384, 384), (20, 1000), (20, 1536)])  # whole; small blocks; large ones
-def test_products_in_bfloat16_are_those_in_float64_to_the_rounding_of_a_micro_batch(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("onestep_peft.step.statistics._multiplies_bfloat16", lambda _device: True)
+def test_no_processor_rounds_more_than_the_factors_of_covariances(shape: tuple[int, int]) -> None:
     draw = torch.Generator().manual_seed(0)
     parts = [(torch.randn(50, shape[1], generator=draw) + 0.5, torch.randn(50, shape[0], generator=draw))] * 40
     record = LayerStatistics(shape, torch.device("cpu"))
@@ -319,17 +316,8 @@ def test_products_in_bfloat16_are_those_in_float64_to_the_rounding_of_a_micro_ba
     blocks = found if found.dim() == 3 else found[None]
     for i, block in enumerate(blocks):
         part = slice(i * block.shape[0], (i + 1) * block.shape[0])
-        assert 0 < relative_difference(block, whole[part, part]) < 2**-8  # in bfloat16 throughout it would be 2^-4
+        assert relative_difference(block, whole[part, part]) < 2**-9  # in bfloat16 throughout it would be 2^-4
         assert torch.equal(block, block.T)
-
-
-def test_narrow_sides_are_summed_in_fp32_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onestep_peft.step.statistics._multiplies_bfloat16", lambda _device: True)
-    parts = large(SHORT_MIN - 1)
-    record = filled(SHORT_MIN - 1, parts)
-    record.finish(83)
-    x = torch.cat([x for x, _ in parts]).double()
-    assert torch.allclose(record.input_covariance.double(), x.T @ x / 83, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_of_large_covariances_can_be_saved_on_the_way_and_start_again() -> None:
