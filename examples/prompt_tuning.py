@@ -1,7 +1,8 @@
-"""Prompt tuning in one step: a few virtual tokens before every message move once, the model itself never.
+"""Prompt tuning in one pass: a few virtual tokens before every message move, the model itself never.
 
-They start as the tokens of a text (`--prompt`) that says what is asked for. A prompt is the smallest adapter there is
-(13 vectors here), and on a small encoder it gains much less than a LoRA: see text_classification.py.
+They start as the tokens of a text (`--prompt`) that says what is asked for, and go far from it in small steps (with
+`OneStepConfig(slices=1)` a single step stays near it). A prompt is the smallest adapter there is (13 vectors here), and
+on a small encoder it gains less than a LoRA: see text_classification.py.
 
 python examples/prompt_tuning.py                        # the encoder comes from the Hub
 python examples/prompt_tuning.py --model path/to/encoder

@@ -36,10 +36,10 @@ class OneStepConfig(TrainingArguments):
             step that is searched (and teaches a fresh head, until all rows do at the end); each of the others makes a
             small one on from there, which costs no search. "auto": up to 101, of 40 rows at least, where that fifth has
             300 rows and 16 for each output of the head; for language models of 3,000 tokens at least, from 80,000 on
-            that are learnt; else one, and so with a head where `max_steps` is above 1. A prompt goes in small
-            steps alone, of two rows each and at most 500, from 200 rows on, and so by any number of slices, where
-            `direction` is "auto" and `max_steps` 1. With a fixed step size the slices are alike and each makes a step
-            of that size.
+            that are learnt; else one, and so with a head where `max_steps` is above 1. A prompt goes in small steps
+            alone, of two rows each and at most 500, from 200 rows on, and so by any number of slices, where `direction`
+            is "auto" and `max_steps` 1: it begins where it is drawn, and what a text had given it is not kept. With a
+            fixed step size the slices are alike and each makes a step of that size.
         stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.
         damping: λ of the `kfac` family, in units of each covariance's mean eigenvalue.
         rank: Rank of directions that name none; None for the smaller of 8 and the adapter's r, and for full weights
@@ -194,7 +194,7 @@ class OneStepConfig(TrainingArguments):
 
     @property
     def walks(self) -> bool:
-        """Whether small steps follow the one that is searched; to be asked once "auto" is settled."""
+        """Whether there are small steps, after one that is searched or alone; to be asked once "auto" is settled."""
         return self.slices not in (AUTO, 1) and self.fixed_step_size is None
 
     @property

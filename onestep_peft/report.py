@@ -55,8 +55,8 @@ class StepReport:
             probability on it says yes, and the score "expected" then of rows like the held-out ones; else empty.
         datasets: Ids on the Hub by what their rows did: "train", "search", "evaluation". Rows do not say where they
             come from: the command fills this in; in Python, set it before `save_model`.
-        metrics: By stage: "base" (as loaded), "head" (its fresh head fitted, a walk's to its first slice; None where it
-            had none) and "after".
+        metrics: By stage: "base" (as loaded), "head" (its fresh head fitted; that of a walk that begins with a search
+            to its first slice; None where it had none) and "after".
         scored_on: Which rows "metrics" speak of: "eval_dataset", or "held-out rows" where none was given.
         class_counts: Number of the scored items (rows, or tokens) by class.
         class_recall: By stage and class, the share of them that is found; classes without items are left out.

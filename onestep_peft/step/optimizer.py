@@ -205,7 +205,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Builds the candidates, searches, moves, guards; the outcome is appended to `outcomes`.
 
-        On a walk all but the first slice's rows make a small step, and the last one's are followed by the guard.
+        On a walk all but the first slice's rows (a prompt's, too) make a small step, and the guard follows the last.
         """
         loss = closure() if closure is not None else None
         clock = Clock()

@@ -86,7 +86,7 @@ def _spaces(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Walk:
-    """Goes on from where a step ended, slice by slice.
+    """Goes on from where a step ended, or a prompt stands, slice by slice.
 
     Args:
         layers: What moves.
@@ -94,7 +94,7 @@ class Walk:
         head: Those among them that go along with the small steps of a prompt.
 
     Attributes:
-        under_way: Whether a step has been taken that the walk goes on from.
+        under_way: Whether the walk has begun.
     """
 
     def __init__(
@@ -138,7 +138,8 @@ class Walk:
     def pace(self) -> float:
         """Length of a small step at the walk's beginning, layer by layer, by that of the step that it goes on from.
 
-        From there it falls to nothing in a straight line, so that the noise of the last rows is averaged out.
+        That of a prompt's entries, which go on from none, is by the entries of the embeddings. From there it falls to
+        nothing in a straight line, so that the noise of the last rows is averaged out.
         """
         return float(self._kept["pace"])
 

@@ -45,7 +45,7 @@ def test_it_says_what_the_step_did() -> None:
     text = card(report(), "user/adapter")
     for said in (
         COMMIT, "`ant`, `bee`", "| 1 | kfac_muon | 0.25 | 0.6900 | 0.3100 | 2.1 % | accepted (99 %",
-        "160 for the gradient, 60 held out for the search, 60 for the guard", "1.5 s (pass 0.5)", "300 MiB",
+        "160 for the gradient, 60 held out to choose by, 60 for the guard", "1.5 s (pass 0.5)", "300 MiB",
         "| base | 0.7000 | 0.5000 |", "| after | 0.3000 | 0.8750 |", "![Held-out loss against step size](search.png)",
         'load("user/adapter")', "num_labels=2", "## Limits", "train rows from [`user/rows`]",
     ):  # fmt: skip
