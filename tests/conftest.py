@@ -109,12 +109,6 @@ def config_for(folder: Path, **options: Any) -> OneStepConfig:
     return OneStepConfig(output_dir=str(folder), **{**quiet, **options})
 
 
-@pytest.fixture
-def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Covariances as on a processor without units for bfloat16: where an oracle is to agree in more than two digits."""
-    monkeypatch.setattr("onestep_peft.step.quick_products.PRECISION", "ieee")
-
-
 def trainer_for(
     folder: Path, rows: Any, *, model: Any = None, processing_class: Any = None, **options: Any
 ) -> OneStepTrainer:

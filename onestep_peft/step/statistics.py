@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from onestep_peft.step import processes
 from onestep_peft.step.layers import Factor, Layer, Prompt
 from onestep_peft.step.natural import RowGradients
-from onestep_peft.step.quick_products import quick_ones_are_exact, quick_products
+from onestep_peft.step.quick_products import quick_products
 
 # Below this share of the bound that Cauchy and Schwarz set, a gradient is rounding noise and has no direction.
 NOISE_FLOOR = 1e-6
@@ -135,7 +135,7 @@ class LayerStatistics:
                 places = live.nonzero().squeeze(1)  # a third of the time that a mask takes
                 x, delta = x.index_select(0, places), delta.index_select(0, places)
             if self._sums_gradient:
-                with quick_products() if quick_ones_are_exact() else nullcontext():
+                with quick_products(delta.device):
                     self.gradient.addmm_(delta.T, x)
             if self._adds_to(self._input_factor):
                 _add_products(self.input_covariance, x)
@@ -202,23 +202,19 @@ def _blocks(d: int, other: int) -> int:
 
 
 def _add_products(total: Tensor, vectors: Tensor) -> None:
-    """Adds Σ v vᵀ, its diagonal or its trace, over vectors `(tokens, d)`; of a large matrix the lower triangle only.
-
-    Where the processor has units for it, factors are rounded to bfloat16, to 2^-9 of each: over many tokens that is far
-    below what chance does to a mean. The products are summed up in fp32.
-    """
+    """Adds Σ v vᵀ, its diagonal or its trace, over vectors `(tokens, d)`; of a large matrix the lower triangle only."""
     if total.dim() < 2:
         total += vectors.square().sum(0) if total.dim() == 1 else vectors.square().sum()
         return
     d = total.shape[-1]
-    with quick_products():
+    with quick_products(total.device):
         if total.dim() == 2:
             _add_triangle(total, vectors)
         elif d > TRIANGLE_BLOCK:
             for block, part in zip(total, vectors.split(d, 1), strict=True):
                 _add_triangle(block, part)
         else:
-            parts = vectors.view(len(vectors), -1, d).transpose(0, 1)  # (blocks, tokens, d)
+            parts = vectors.view(len(vectors), len(total), d).transpose(0, 1)  # (blocks, tokens, d)
             total.baddbmm_(parts.mT, parts)
 
 

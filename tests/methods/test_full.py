@@ -191,7 +191,6 @@ def test_an_embedding_moves_by_counts_and_a_dense_factor(tmp_path: Path) -> None
     assert relative_difference(found[f"{table}.weight"], expected) < 1e-3
 
 
-@pytest.mark.usefixtures("in_fp32")
 def test_conv1d_takes_the_update_of_the_same_linear_layer(tmp_path: Path) -> None:
     # Transposed back, GPT-2's first projection moves as K-FAC's dense formula says.
     rows = counting_texts(40, 1)

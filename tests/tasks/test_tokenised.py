@@ -55,7 +55,6 @@ FIXED = {"direction": "kfac", "step_size": 0.05, "guard": False, "fit_head": Fal
 
 
 @pytest.mark.parametrize("direction", ["kfac", "sgd"])
-@pytest.mark.usefixtures("in_fp32")
 def test_the_update_does_not_depend_on_batches_or_order(kind: tuple[Any, Any], direction: str, tmp_path: Path) -> None:
     make, rows_of = kind
     rows = rows_of(30, 1)
