@@ -2,7 +2,8 @@
 
 Processor time of one thread, the pass and the bare forwards and backwards in turn, three times each, in one process;
 told is the ratio of the medians. MiniLM-L6 with LoRA of rank 8, micro-batches of at most 16, as the pass makes them.
-Told are the pass of one step, and that of a walk, slice by slice, without its small steps.
+Told are the pass of one step, and that of a walk, slice by slice, without its small steps. Fetching rows and making
+batches of them is in the pass's time, and not in that of the bare ones.
 """
 
 from __future__ import annotations
