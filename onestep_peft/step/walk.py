@@ -179,7 +179,7 @@ class Walk:
             for i, parameter in enumerate(self._parameters):
                 then = evidence.before.of(parameter).to(parameter.device)
                 kept[f"length/{i}"] = (parameter.float() - then.float()).norm()
-        self._kept = kept | self._start()  # all of it, or nothing
+        self._kept = kept | self._place("start")  # all of it, or nothing
 
     @torch.no_grad()
     def begin_at_once(self, *, slices: int, losses: Tensor) -> None:
@@ -192,10 +192,10 @@ class Walk:
         pace = prompt_steps.PACE_WITH_HEAD if self._head else prompt_steps.PACE
         kept = {"pace": torch.tensor(pace, dtype=torch.float64), "slices": torch.tensor(slices)}
         kept["losses"] = losses.detach().clone()
-        self._kept = kept | self._start() | self._adams()
+        self._kept = kept | self._place("start") | self._adams()
 
-    def _start(self) -> dict[str, Tensor]:
-        return {f"start/{i}": parameter.detach().clone() for i, parameter in enumerate(self._parameters)}
+    def _place(self, name: str) -> dict[str, Tensor]:
+        return {f"{name}/{i}": parameter.detach().clone() for i, parameter in enumerate(self._parameters)}
 
     def _adams(self) -> dict[str, Tensor]:
         """What the small steps of prompts and of the head go by, before the first one."""
@@ -221,11 +221,13 @@ class Walk:
             gradients: Of the slice.
             left: Which share of the walk is left, 1 at its beginning.
             loss: Mean loss of the slice's rows before the step, in nats. Far above that of the held-out rows at the
-                walk's beginning the slice makes no step; so far twice in a row, the walk goes back there, to go on at
-                half the pace.
+                walk's beginning the slice makes no step; so far twice in a row, the walk goes back to the last place
+                where a slice lost no more than they did, or else to its beginning, and on at half the pace.
         """
         if self._is_astray(loss):
             return
+        if loss <= float(self.losses.mean()):
+            self._kept |= self._place("well")
         share = left * self.pace
         for layer in self._layers:
             of_layer = statistics[layer.name].gradient
@@ -253,11 +255,12 @@ class Walk:
     def _is_astray(self, loss: float) -> bool:
         """Whether a slice's loss forbids a step; where it is the second one in a row, the walk is back."""
         warned = bool(self._kept.get("warned", False))
-        # Where the walk began it cannot be astray, however hard a slice's rows are.
+        # Where the walk began, or went back to, it cannot be astray, however hard a slice's rows are.
         high = bool(self._kept.get("moved", True)) and loss > float(self._kept.get("astray", math.inf))
         self._kept["warned"] = torch.tensor(high and not warned)
         if math.isnan(loss) or (high and warned):
-            self.go_back()
+            self._go_to("well" if "well/0" in self._kept else "start")
+            self._kept = {name: one for name, one in self._kept.items() if not name.startswith("well/")}
             self._kept |= {"pace": self._kept["pace"] / 2, **(self._adams() if self._is_at_once else {})}
             self._kept["moved"] = torch.tensor(False)
             return True
@@ -296,8 +299,11 @@ class Walk:
     @torch.no_grad()
     def go_back(self) -> None:
         """Gives every parameter the bits that it had where the walk began."""
+        self._go_to("start")
+
+    def _go_to(self, place: str) -> None:
         for i, parameter in enumerate(self._parameters):
-            parameter.copy_(self._kept[f"start/{i}"])
+            parameter.copy_(self._kept[f"{place}/{i}"])
             self._kept.pop(f"wide/{i}", None)
 
     def snapshot(self) -> dict[str, Tensor]:

@@ -263,11 +263,29 @@ def test_slices_that_lose_far_more_twice_send_the_walk_back_at_half_the_pace(sli
     assert same(at_loss(optimizer, model, 1.01), seen[0]) and optimizer.walk.pace == pace / 2
 
 
+def test_a_walk_goes_back_no_further_than_to_where_a_slice_lost_what_held_out_rows_did() -> None:
+    model = net()
+    optimizer, seen = walked(model, [in_place("first", model[0])], until=2, slice_rows=math.inf)
+    pace, limit = optimizer.walk.pace, 1 / ASTRAY
+    well = at_loss(optimizer, model, 0.99 * limit)
+    at_loss(optimizer, model, 0.99 * limit)  # the slice tells that the place before its step is well
+    for _ in range(3):
+        away = at_loss(optimizer, model, 1.01 * limit)
+    at_loss(optimizer, model, 1.01)
+    back = at_loss(optimizer, model, 1.01)
+    assert same(back, well) and not same(back, away) and optimizer.walk.pace == pace / 2
+    assert not same(at_loss(optimizer, model, 100.0), back)  # this place is not judged: it was well
+    at_loss(optimizer, model, 1.01)
+    assert same(at_loss(optimizer, model, 1.01), seen[0]) and optimizer.walk.pace == pace / 4
+
+
 def test_a_loss_that_is_no_number_sends_the_walk_back_at_once() -> None:
     model = net()
     optimizer, seen = walked(model, [in_place("first", model[0])], until=3)
     pace = optimizer.walk.pace
-    assert same(at_loss(optimizer, model, math.nan), seen[0]) and optimizer.walk.pace == pace / 2
+    assert same(at_loss(optimizer, model, math.nan), seen[1]) and optimizer.walk.pace == pace / 2
+    at_loss(optimizer, model, 0.99)
+    assert same(at_loss(optimizer, model, math.nan), seen[0]) and optimizer.walk.pace == pace / 4
 
 
 def test_where_a_walk_began_it_is_not_astray_however_hard_the_rows_are() -> None:
