@@ -209,10 +209,12 @@ def make_plan(
     if parts > 1:
         kept = sum(layer.shape[0] * layer.shape[1] for layer in layers if _in_place(layer))
         memory["bodies"] = parts * (memory["statistics"] + FP32 * kept + memory["snapshot"] // 2)
-    if at_once:  # Adam's two means, of the prompt and of its head, and two places on the way
-        memory["walk"] = memory["snapshot"] + 2 * FP32 * _count({p for p in trainable.values() if p in moved | fitted})
+    if at_once:  # Adam's two means, of the prompt and of its head
+        memory["walk"] = memory["snapshot"] // 2 + 2 * FP32 * _count(
+            {p for p in trainable.values() if p in moved | fitted}
+        )
         memory["directions"] = 0
-    elif config.walks:
+    elif config.walks:  # where it began, and where it last was well
         memory["walk"] = memory["snapshot"] + _metric_size(layers, directions)
     return Plan(
         method=method,

@@ -222,11 +222,13 @@ class Walk:
             left: Which share of the walk is left, 1 at its beginning.
             loss: Mean loss of the slice's rows before the step, in nats. Far above that of the held-out rows at the
                 walk's beginning the slice makes no step; so far twice in a row, the walk goes back to the last place
-                where a slice lost no more than they did, or else to its beginning, and on at half the pace.
+                where a slice lost no more than they did (a prompt to its beginning, and so does a walk without such a
+                slice), and on at half the pace.
         """
         if self._is_astray(loss):
             return
-        if loss <= float(self.losses.mean()):
+        # Of a prompt's walk losses say little: the head has not followed yet.
+        if loss <= float(self.losses.mean()) and not self._is_at_once:
             self._kept |= self._place("well")
         share = left * self.pace
         for layer in self._layers:
