@@ -206,16 +206,10 @@ def _add_products(total: Tensor, vectors: Tensor) -> None:
     if total.dim() < 2:
         total += vectors.square().sum(0) if total.dim() == 1 else vectors.square().sum()
         return
-    d = total.shape[-1]
+    blocks = total if total.dim() == 3 else total[None]
     with quick_products(total.device):
-        if total.dim() == 2:
-            _add_triangle(total, vectors)
-        elif d > TRIANGLE_BLOCK:
-            for block, part in zip(total, vectors.split(d, 1), strict=True):
-                _add_triangle(block, part)
-        else:
-            parts = vectors.view(len(vectors), len(total), d).transpose(0, 1)  # (blocks, tokens, d)
-            total.baddbmm_(parts.mT, parts)
+        for block, part in zip(blocks, vectors.split(total.shape[-1], 1), strict=True):
+            _add_triangle(block, part)
 
 
 def _add_triangle(total: Tensor, vectors: Tensor) -> None:
