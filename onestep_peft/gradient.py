@@ -19,7 +19,7 @@ from onestep_peft.held_out import padded
 from onestep_peft.methods import Method
 from onestep_peft.out_of_fold import Pulling
 from onestep_peft.rows import Tokeniser
-from onestep_peft.slices import LEAD, ROWS_ON_A_CPU, PartedRows, SlicedRows
+from onestep_peft.slices import ROWS_ON_A_CPU, PartedRows, SlicedRows, of_small_steps, rows_of_the_lead
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
@@ -46,6 +46,7 @@ class ExactGradientTrainer(Trainer):
     _cursor = 0
     _loss_sum = torch.zeros(())
     _sliced: SlicedRows | None = None
+    _template_config: Any
     _pass_began = 0.0
 
     @property
@@ -64,6 +65,18 @@ class ExactGradientTrainer(Trainer):
     def leads(self) -> bool:
         """Whether the first slice of a walk makes a step that is searched."""
         return cast(OneStepConfig, self.args).walks and not self.walks_at_once
+
+    @property
+    def lead_rows(self) -> int:
+        """How many rows that slice has; all of them where there is none."""
+        if not self.leads:
+            return len(self.pass_rows)
+        return rows_of_the_lead(len(self.pass_rows), self.slices, self.task, self._template_config.num_labels)
+
+    @property
+    def small_steps(self) -> tuple[float, float]:
+        """What `of_small_steps` says of the other slices."""
+        return of_small_steps(len(self.pass_rows) - self.lead_rows, self.slices, self.task)
 
     @property
     def parts(self) -> int:
@@ -107,7 +120,7 @@ class ExactGradientTrainer(Trainer):
         rows: Any = self.train_dataset
         self._sliced = None
         if self.slices > 1:
-            lead = LEAD if self.leads else 0.0
+            lead = self.lead_rows if self.leads else 0
             self._train_batch_size = min(self._train_batch_size, self._rows_at_a_time(len(rows)))
             self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
         elif self.parts * self.shares > 1:

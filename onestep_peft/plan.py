@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from onestep_peft.config import OneStepConfig
-from onestep_peft.slices import rows_of_the_lead
 from onestep_peft.step.directions import DIRECTIONS, NATURAL, PARAMETER_DIRECTIONS, WHITENED, rank_of, rule_of
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import EVALUATIONS, PART_EVALUATIONS, PASS_FORWARDS
@@ -172,6 +171,7 @@ def make_plan(
     layers: Sequence[Layer | Prompt],
     head: nn.Module | None,
     rows: dict[str, int],
+    lead: int,
     parts: int = 1,
     by_token: bool = False,
     at_once: bool = False,
@@ -184,6 +184,7 @@ def make_plan(
         layers: What moves, beside the parameters that `sgd` and `sign` move as they are.
         head: The fresh head's last layer, where it is fitted.
         rows: By role, "gradient", "search", "guard" and "evaluation".
+        lead: How many rows the head is fitted to at first.
         parts: Into how many parts the rows are dealt, each with a body of its own.
         by_token: Whether the head is fitted to tokens: of them, what the search has seen is not kept.
         at_once: Whether a walk is of small steps alone.
@@ -235,11 +236,11 @@ def make_plan(
         forwards=_forwards(
             config,
             rows,
+            lead=lead,
             points=0 if at_once else _points(config, layers, directions),
             fits_head=head is not None,
             parts=parts,
             forgets=by_token or (config.slices != 1 and not at_once),
-            at_once=at_once,
             half=config.bf16 or any(parameter.dtype.itemsize < FP32 for parameter in fitted),
         ),
         at_once=at_once,
@@ -329,12 +330,12 @@ def _forwards(
     config: OneStepConfig,
     rows: dict[str, int],
     *,
+    lead: int,
     points: int,
     fits_head: bool,
     parts: int,
     forgets: bool,
     half: bool,
-    at_once: bool,
 ) -> dict[str, int]:
     held, steps, walks = max(rows["search"], rows["guard"]), config.max_steps, config.max_steps // int(config.slices)
     recomputed = int(bool(getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing))
@@ -349,12 +350,10 @@ def _forwards(
     if config.stop_at is not None:
         looks += 1 + walks
     stages = 3 if fits_head else 2
-    leads = config.walks and not at_once
-    first = rows_of_the_lead(rows["gradient"], int(config.slices)) if leads else rows["gradient"]
     return {
         "pass": (PASS_FORWARDS + recomputed) * rows["gradient"] * walks,
         "search": looks * held,
         # Between walks also at the bodies of the parts.
-        "head": (first + rows["gradient"] * (walks + (walks - 1) * int(parts > 1))) * int(fits_head),
+        "head": (lead + rows["gradient"] * (walks + (walks - 1) * int(parts > 1))) * int(fits_head),
         "evaluation": (rows["evaluation"] or held) * stages,
     }

@@ -21,8 +21,9 @@ from onestep_peft.tasks import Task
 # A walk has at most so many slices, and leaves at least so many rows to each small step, or so many of a language
 # model's tokens.
 SLICES, SLICE_ROWS, SLICE_ITEMS = 101, 40, 3_000
-# The first step of a walk is worked out from this share of the rows.
-LEAD = 0.2
+# The first step of a walk is worked out from this share of the rows; with a head from so many at most, unless classes
+# are many: further ones say more in small steps.
+LEAD, LEAD_MOST = 0.2, 600
 # Length of the first small step by that of the step itself, for a slice of one row. It grows with the root of a slice's
 # rows: so does what a gradient of theirs tells over its noise. Where it is too long the first slices tell (`ASTRAY`).
 PACE = 0.05
@@ -56,9 +57,9 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int,
             # Several steps with a head have all rows each, and bodies that are out of fold.
             enough = int(LEAD * len(rows)) >= max(LEAD_ROWS, LEAD_ROWS_BY_CLASS * outputs)
             walks = enough and config.max_steps == 1
-            return min(SLICES, 1 + int((1 - LEAD) * len(rows)) // SLICE_ROWS) if walks else 1
+            return min(SLICES, 1 + (len(rows) - _lead(len(rows), task, outputs)) // SLICE_ROWS) if walks else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
-        most = 1 + len(rows) - max(1, int(LEAD * len(rows)))  # a row at least for each
+        most = 1 + len(rows) - max(1, _lead(len(rows), task, outputs))  # a row at least for each
         return min(SLICES, most, 1 + int((1 - LEAD) * items) // SLICE_ITEMS) if items >= WALK_ITEMS else 1
     slices = int(config.slices)
     if slices > len(rows):
@@ -68,15 +69,19 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int,
     return slices
 
 
-def rows_of_the_lead(rows: int, slices: int, lead: float = LEAD) -> int:
-    """How many of so many rows are in the first slice."""
+def _lead(rows: int, task: Task, outputs: int) -> int:
+    most = max(LEAD_MOST, LEAD_ROWS_BY_CLASS * outputs) if task.has_head else rows
+    return min(int(LEAD * rows), most)
+
+
+def rows_of_the_lead(rows: int, slices: int, task: Task, outputs: int) -> int:
+    """How many of so many rows are in the first slice of a walk.
+
+    Args:
+        outputs: Of the head.
+    """
     equal = -(-rows // slices)
-    return max(equal, min(int(lead * rows), rows - slices + 1))  # a row at least for each of the others
-
-
-def rows_of_the_others(rows: int, slices: int) -> float:
-    """How many rows each slice of a walk but the first has, on average."""
-    return (rows - rows_of_the_lead(rows, slices)) / max(slices - 1, 1)
+    return max(equal, min(_lead(rows, task, outputs), rows - slices + 1))  # a row at least for each of the others
 
 
 def pace(slice_rows: float) -> float:
@@ -85,11 +90,15 @@ def pace(slice_rows: float) -> float:
 
 
 def of_small_steps(rows: int, slices: int, task: Task) -> tuple[float, float]:
-    """The pace of a walk through so many rows, and how many rows say how far chance may take a slice's mean loss.
+    """The pace of small steps through so many rows, and how many rows say how far chance may take a slice's mean loss.
 
     In tasks by token that is an infinite number: of thousands of tokens the mean is no chance.
+
+    Args:
+        rows: Of all slices but the first.
+        slices: Of the whole walk.
     """
-    each = rows_of_the_others(rows, slices)
+    each = rows / max(slices - 1, 1)
     return pace(each), math.inf if task.by_token else each
 
 
@@ -139,13 +148,13 @@ class SlicedRows(Dataset):
         rows: The rows of the pass, longest first; so are those of each slice.
         slices: Number of slices.
         batch_size: Rows of a micro-batch.
-        lead: Share of the rows that is in the first slice, where that is more than an equal one.
+        lead: How many rows are in the first slice, where that is more than an equal share.
 
     Attributes:
         current: Number of the slice that is there.
     """
 
-    def __init__(self, rows: Any, slices: int, batch_size: int, lead: float = 0.0) -> None:
+    def __init__(self, rows: Any, slices: int, batch_size: int, lead: int = 0) -> None:
         self._rows, self._lead = rows, lead
         self._groups = self._dealt(slices)
         self._whole = self._multiple(batch_size)
@@ -154,10 +163,9 @@ class SlicedRows(Dataset):
     def _dealt(self, slices: int) -> list[list[int]]:
         rows = listed(self._rows)
         order = by_content(rows)
-        first = rows_of_the_lead(len(order), slices, self._lead)
-        if first * slices < len(order) + slices:
+        if self._lead * slices < len(order) + slices:
             return dealt(order, slices, [len(row.get("input_ids", ())) for row in rows])
-        return [sorted(order[:first]), *dealt(order[first:], slices - 1)]
+        return [sorted(order[: self._lead]), *dealt(order[self._lead :], slices - 1)]
 
     def _multiple(self, batch_size: int) -> int:
         """Of how many rows the places of a slice are a multiple."""

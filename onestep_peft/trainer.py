@@ -35,7 +35,7 @@ from onestep_peft.report import StepReport, peak_memory, reset_peak_memory, step
 from onestep_peft.rows import Sets
 from onestep_peft.saving import check_folder
 from onestep_peft.saving_trainer import SavingTrainer
-from onestep_peft.slices import number_of_shares, number_of_slices, of_small_steps
+from onestep_peft.slices import number_of_shares, number_of_slices
 from onestep_peft.step.directions import PARAMETER_DIRECTIONS, WHITENED, rule_of
 from onestep_peft.step.layers import Layer, Prompt
 from onestep_peft.step.line_search import affordable
@@ -195,6 +195,7 @@ class OneStepTrainer(SavingTrainer):
             layers=self.layers(),
             head=self.head_layer() if self.fits_head() else None,
             rows={**self._row_counts(), "evaluation": sum(map(len, self.evaluation_sets.values()))},
+            lead=self.lead_rows,
             parts=self.parts,
             by_token=self.task.by_token,
             at_once=self.walks_at_once,
@@ -278,11 +279,10 @@ class OneStepTrainer(SavingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The step behind torch.optim's interface, in place of AdamW."""
         if self.optimizer is None:
-            config, layers, rows = self._config, self.layers(), len(self.pass_rows)
+            config, layers = self._config, self.layers()
             settings = StepSettings(
                 self.directions, config.fixed_step_size, config.damping, self._rank, config.guard,
-                config.guard_confidence, self.slices, self.parts, *of_small_steps(rows, self.slices, self.task),
-                at_once=self.walks_at_once,
+                config.guard_confidence, self.slices, self.parts, *self.small_steps, at_once=self.walks_at_once,
             )  # fmt: skip
             head_parameters = set(self.head_layer().parameters()) if self.fits_head() else set()
             self.optimizer = OneStepOptimizer(

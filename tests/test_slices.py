@@ -24,13 +24,12 @@ from onestep_peft.slices import (
     of_small_steps,
     pace,
     rows_of_the_lead,
-    rows_of_the_others,
 )
 from onestep_peft.step import optimizer as optimizer_module
 from onestep_peft.step import walk
 from onestep_peft.step.guard import Verdict
 from onestep_peft.step.walk import Walk
-from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
+from onestep_peft.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION, Task
 from onestep_peft.tasks.task import UNLABELLED
 from tests.conftest import (
     assert_same_bits,
@@ -158,7 +157,7 @@ def test_neither_batches_nor_order_matter(change: dict[str, Any], tmp_path: Path
 
 def test_the_first_slice_of_a_walk_is_the_longest() -> None:
     by_length = Dataset.from_list(sorted(listed(tokenised(ROWS)), key=lambda row: -len(row["input_ids"])))
-    rows, lengths, seen = SlicedRows(by_length, 6, 4, lead=0.5), [], []
+    rows, lengths, seen = SlicedRows(by_length, 6, 4, lead=35), [], []
     for rows.current in range(6):
         each = [rows[i] for i in range(len(rows))]
         lengths.append((len(each), sum(row["labels"] != UNLABELLED for row in each)))
@@ -167,19 +166,35 @@ def test_the_first_slice_of_a_walk_is_the_longest() -> None:
     assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in tokenised(ROWS))
 
 
+@pytest.mark.parametrize(
+    ("rows", "slices", "task", "outputs", "expected"),
+    [
+        (1_500, 31, TEXT_CLASSIFICATION, 2, 300), (3_000, 61, TEXT_CLASSIFICATION, 2, 600),
+        (6_000, 101, TEXT_CLASSIFICATION, 2, 600), (60_000, 101, TEXT_CLASSIFICATION, 2, 600),
+        (6_000, 101, TEXT_CLASSIFICATION, 77, 1_200), (60_000, 101, TEXT_CLASSIFICATION, 77, 16 * 77),
+        (60_000, 101, TEXT_GENERATION, 2, 12_000), (6_000, 4, TEXT_CLASSIFICATION, 2, 1_500),
+        (100, 99, TEXT_CLASSIFICATION, 2, 2), (100, 100, TEXT_CLASSIFICATION, 2, 1),
+    ],
+)  # fmt: skip
+def test_the_first_slice_has_a_fifth_of_few_rows_and_600_of_many(
+    rows: int, slices: int, task: Task, outputs: int, expected: int
+) -> None:
+    assert rows_of_the_lead(rows, slices, task, outputs) == expected
+
+
 def test_tokens_are_too_many_for_chance() -> None:
-    assert of_small_steps(500, 13, TEXT_CLASSIFICATION) == (pace(400 / 12), pytest.approx(400 / 12))
-    assert of_small_steps(500, 13, TEXT_GENERATION) == (pace(400 / 12), float("inf"))
+    assert of_small_steps(400, 13, TEXT_CLASSIFICATION) == (pace(400 / 12), pytest.approx(400 / 12))
+    assert of_small_steps(400, 13, TEXT_GENERATION) == (pace(400 / 12), float("inf"))
+    assert of_small_steps(0, 1, TEXT_CLASSIFICATION) == (0, 0)
 
 
 def test_the_pace_grows_with_the_root_of_a_slices_rows() -> None:
-    assert rows_of_the_others(500, 13) == pytest.approx(400 / 12) and rows_of_the_others(100, 1) == 0
     assert pace(400 / 12) == pytest.approx(slices_module.PACE * (400 / 12) ** 0.5)
     assert pace(80) == pytest.approx(2 * pace(20)) and pace(10**9) == 1.0 and pace(0) == 0
 
 
-@pytest.mark.parametrize("lead", [0.5, 0.99])
-def test_every_slice_of_a_walk_has_a_row(lead: float) -> None:
+def test_every_slice_of_a_walk_has_a_row() -> None:
+    lead = rows_of_the_lead(len(ROWS), len(ROWS), TEXT_CLASSIFICATION, 2)
     by_length = Dataset.from_list(sorted(listed(tokenised(ROWS)), key=lambda row: -len(row["input_ids"])))
     rows, counts = SlicedRows(by_length, len(ROWS), 1, lead=lead), []
     for rows.current in range(len(ROWS)):
@@ -360,7 +375,7 @@ def test_auto_asks_how_many_tokens_a_language_model_learns(
     found = number_of_slices(config_for(tmp_path, **options), tokens, TEXT_GENERATION, 0)
     assert found == expected
     if found > 2:  # chosen by auto: the first slice has its fifth
-        assert rows_of_the_lead(rows, found) == max(1, rows // 5)
+        assert rows_of_the_lead(rows, found, TEXT_GENERATION, 2) == max(1, rows // 5)
 
 
 @pytest.mark.parametrize(
