@@ -42,10 +42,11 @@ class ExactGradientTrainer(Trainer):
     pass_rows: list[int]
     pass_seconds = 0.0
     _method: Method
-    _rests = False
+    _aside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     _cursor = 0
     _loss_sum = torch.zeros(())
     _sliced: SlicedRows | None = None
+    _bare: tuple[nn.Module, nn.Module] | None = None
     _template_config: Any
     _pass_began = 0.0
 
@@ -53,6 +54,14 @@ class ExactGradientTrainer(Trainer):
     def slices(self) -> int:
         """How many steps a walk through the rows makes."""
         return int(cast(OneStepConfig, self.args).slices)
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model out of accelerate's wrapping."""
+        model = cast(nn.Module, self.model)
+        if self._bare is None or self._bare[0] is not model:  # accelerate goes through all modules each time
+            self._bare = model, self.accelerator.unwrap_model(model)
+        return self._bare[1]
 
     @property
     def walks_at_once(self) -> bool:
@@ -110,7 +119,7 @@ class ExactGradientTrainer(Trainer):
         """Before the first micro-batch of a step."""
         self.one_step.begin_pass()
         self.one_step.goes_on = self.parts > 1 and self.state.global_step + 1 < self.state.max_steps
-        self._rests = self.adapter_rests
+        self.look_at_adapter()
         self.forget_cursor()
         self._loss_sum = torch.zeros((), device=self.args.device)
         self._pass_began = time.perf_counter()
@@ -167,10 +176,13 @@ class ExactGradientTrainer(Trainer):
         """Whether the adapter adds nothing to any output, and its own gradient is not asked for."""
         return False
 
+    def look_at_adapter(self) -> None:
+        """Notes whether the adapter rests, for `without_idle_adapter`."""
+        self._aside = self._method.set_aside(self.bare_model) if self.adapter_rests else contextlib.nullcontext()
+
     def without_idle_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """While open, the model does without an adapter that rested when this was last asked."""
-        model = self.accelerator.unwrap_model(cast(nn.Module, self.model))
-        return self._method.set_aside(model) if self._rests else contextlib.nullcontext()
+        """While open, the model does without an adapter that rested when last looked at."""
+        return self._aside
 
     def end_micro_batch(self) -> Tensor:
         """Zero, and after the last micro-batch the mean loss of the pass."""
@@ -259,10 +271,9 @@ class _Batches:
 
 def without_dropout(model: nn.Module) -> None:
     """Evaluation mode everywhere, but activation-checkpointed layers keep their own training flag: they need it."""
-    model.eval()
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+        # As `eval` does it, without the search among parameters that takes most of its time: this is for every batch.
+        object.__setattr__(module, "training", isinstance(module, GradientCheckpointingLayer))
 
 
 def named_rows(numbers: Sequence[int], name: str) -> str:

@@ -54,11 +54,6 @@ class HeadTrainer(SharingTrainer):
     _kept_heads: dict[str, Tensor]  # beside the optimizer's: a retry finds the checkpoint's there again
     _fitted_to: Known | None = None
 
-    @property
-    def bare_model(self) -> nn.Module:
-        """The model out of accelerate's wrapping."""
-        return self.accelerator.unwrap_model(cast(nn.Module, self.model))
-
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that a run may change."""
         return [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]

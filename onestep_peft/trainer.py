@@ -240,7 +240,7 @@ class OneStepTrainer(SavingTrainer):
             self.count_steps(self.one_step.done)
             return
         self._before = Snapshot(self.trainable())
-        self._rests = self.adapter_rests
+        self.look_at_adapter()
         with self.without_idle_adapter():
             self.held_out = self.make_held_out()
         self.check_target()

@@ -139,35 +139,40 @@ def is_idle(model: PeftModel) -> bool:
     )
 
 
-@contextlib.contextmanager
-def set_aside(model: PeftModel) -> Iterator[None]:
+def set_aside(model: PeftModel) -> contextlib.AbstractContextManager[None]:
     """While open, the base answers without the adapter: where that is zero, the same outputs for a fifth less work.
 
     Gradients reach the outputs of the adapted layers all the same, and go no further back than the first of them; the
-    adapter's own parameters get none.
+    adapter's own parameters get none. It may be opened again and again.
     """
-    modules = [module for _, module in _adapted(model, str(model.active_adapter))]
-    wanted = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    return _SetAside([module for _, module in _adapted(model, str(model.active_adapter))])
 
-    def enable(enabled: bool) -> None:
-        for module in modules:
+
+class _SetAside(contextlib.AbstractContextManager[None]):
+    def __init__(self, modules: Sequence[LoraLinear]) -> None:
+        self._modules = modules
+
+    def __enter__(self) -> None:
+        self._wanted = [(one, one.requires_grad) for module in self._modules for one in module.parameters()]
+        # Ahead of whatever observes the outputs.
+        self._handles = [module.register_forward_hook(_begin_graph, prepend=True) for module in self._modules]
+        self._enable(False)
+
+    def __exit__(self, *_: object) -> None:
+        self._enable(True)
+        for handle in self._handles:
+            handle.remove()
+
+    def _enable(self, enabled: bool) -> None:
+        for module in self._modules:
             module.enable_adapters(enabled)
-        for parameter, requires_grad in wanted:  # who asks what is trainable gets the same answer
+        for parameter, requires_grad in self._wanted:  # who asks what is trainable gets the same answer
             parameter.requires_grad_(requires_grad)
 
-    def begin_graph(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_()
 
-    # Ahead of whatever observes the outputs.
-    handles = [module.register_forward_hook(begin_graph, prepend=True) for module in modules]
-    try:
-        enable(False)
-        yield
-    finally:
-        enable(True)
-        for handle in handles:
-            handle.remove()
+def _begin_graph(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
 
 
 def _adapted(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLinear]]:
