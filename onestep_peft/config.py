@@ -33,14 +33,14 @@ class OneStepConfig(TrainingArguments):
         step_size: η of the update, or "search" to find it on held-out rows.
         max_steps: Number of steps, each with a pass, a search and a guard of its own.
         slices: Walk through the rows in so many slices, dealt out by content. The first, a fifth of the rows (with a
-            head 600 at most, or 16 for each of its outputs), makes the step that is searched (and teaches a fresh head,
-            until all rows do at the end); each of the others makes a small one on from there, which costs no search.
-            "auto": up to 101, of 40 rows at least, where a fifth is 300 rows and 16 for each output of the head; for
-            language models of 3,000 tokens at least, from 80,000 on that are learnt; else one, and so with a head where
-            `max_steps` is above 1. A prompt goes in small steps alone, of two rows each and at most 500, from 200 rows
-            on, and so by any number of slices, where `direction` is "auto" and `max_steps` 1: it begins where it is
-            drawn, and what a text had given it is not kept. With a fixed step size the slices are alike and each makes
-            a step of that size.
+            head 600 at most, or more if the rarest class has not 16 among these), makes the step that is searched (and
+            teaches a fresh head, until all rows do at the end); each of the others makes a small one on from there,
+            which costs no search. "auto": up to 101, of 40 rows at least, where a fifth is 300 rows and 16 for each
+            output of the head; for language models of 3,000 tokens at least, from 80,000 on that are learnt; else one,
+            and so with a head where `max_steps` is above 1. A prompt goes in small steps alone, of two rows each and at
+            most 500, from 200 rows on, and so by any number of slices, where `direction` is "auto" and `max_steps` 1:
+            it begins where it is drawn, and what a text had given it is not kept. With a fixed step size the slices are
+            alike and each makes a step of that size.
         stop_at: With several steps, stop once `metric_for_best_model` on the held-out rows reaches this.
         damping: λ of the `kfac` family, in units of each covariance's mean eigenvalue.
         rank: Rank of directions that name none; None for the smaller of 8 and the adapter's r, and for full weights

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -75,12 +76,13 @@ class ExactGradientTrainer(Trainer):
         """Whether the first slice of a walk makes a step that is searched."""
         return cast(OneStepConfig, self.args).walks and not self.walks_at_once
 
-    @property
+    @cached_property
     def lead_rows(self) -> int:
         """How many rows that slice has; all of them where there is none."""
+        rows: Any = self.train_dataset
         if not self.leads:
-            return len(self.pass_rows)
-        return rows_of_the_lead(len(self.pass_rows), self.slices, self.task, self._template_config.num_labels)
+            return len(rows)
+        return rows_of_the_lead(rows, self.slices, self.task, self._template_config.num_labels)
 
     @property
     def small_steps(self) -> tuple[float, float]:
@@ -272,8 +274,11 @@ class _Batches:
 def without_dropout(model: nn.Module) -> None:
     """Evaluation mode everywhere, but activation-checkpointed layers keep their own training flag: they need it."""
     for module in model.modules():
-        # As `eval` does it, without the search among parameters that takes most of its time: this is for every batch.
-        object.__setattr__(module, "training", isinstance(module, GradientCheckpointingLayer))
+        training = isinstance(module, GradientCheckpointingLayer)
+        if "training" in module.__dict__:  # `eval` would look among parameters first, and this is for every batch
+            module.__dict__["training"] = training
+        else:  # a scripted module has it elsewhere
+            module.training = training
 
 
 def named_rows(numbers: Sequence[int], name: str) -> str:

@@ -6,6 +6,7 @@ import bisect
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from onestep_peft.tasks import Task
 # model's tokens.
 SLICES, SLICE_ROWS, SLICE_ITEMS = 101, 40, 3_000
 # The first step of a walk is worked out from this share of the rows; with a head from so many at most, unless classes
-# are many: further ones say more in small steps.
+# are many or one is rare: further ones say more in small steps.
 LEAD, LEAD_MOST = 0.2, 600
 # Length of the first small step by that of the step itself, for a slice of one row. It grows with the root of a slice's
 # rows: so does what a gradient of theirs tells over its noise. Where it is too long the first slices tell (`ASTRAY`).
@@ -57,9 +58,9 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int,
             # Several steps with a head have all rows each, and bodies that are out of fold.
             enough = int(LEAD * len(rows)) >= max(LEAD_ROWS, LEAD_ROWS_BY_CLASS * outputs)
             walks = enough and config.max_steps == 1
-            return min(SLICES, 1 + (len(rows) - _lead(len(rows), task, outputs)) // SLICE_ROWS) if walks else 1
+            return min(SLICES, 1 + (len(rows) - _lead(rows, task, outputs)) // SLICE_ROWS) if walks else 1
         items = sum(int(task.row_items(torch.as_tensor(row["labels"])[None])) for row in listed(rows))
-        most = 1 + len(rows) - max(1, _lead(len(rows), task, outputs))  # a row at least for each
+        most = 1 + len(rows) - max(1, _lead(rows, task, outputs))  # a row at least for each
         return min(SLICES, most, 1 + int((1 - LEAD) * items) // SLICE_ITEMS) if items >= WALK_ITEMS else 1
     slices = int(config.slices)
     if slices > len(rows):
@@ -69,19 +70,25 @@ def number_of_slices(config: OneStepConfig, rows: Any, task: Task, outputs: int,
     return slices
 
 
-def _lead(rows: int, task: Task, outputs: int) -> int:
-    most = max(LEAD_MOST, LEAD_ROWS_BY_CLASS * outputs) if task.has_head else rows
-    return min(int(LEAD * rows), most)
+def _lead(rows: Any, task: Task, outputs: int) -> int:
+    fifth = int(LEAD * len(rows))
+    if not task.has_head or fifth <= LEAD_MOST:
+        return fifth
+    # A class that the head has not been taught would have the small steps move the body for it, and far.
+    counts = Counter(label for row in listed(rows) if isinstance(label := row["labels"], int) and label >= 0)
+    by_class = max(outputs, len(rows) / min(counts.values())) if counts else outputs
+    return min(fifth, max(LEAD_MOST, math.ceil(LEAD_ROWS_BY_CLASS * by_class)))
 
 
-def rows_of_the_lead(rows: int, slices: int, task: Task, outputs: int) -> int:
-    """How many of so many rows are in the first slice of a walk.
+def rows_of_the_lead(rows: Any, slices: int, task: Task, outputs: int) -> int:
+    """How many of these rows are in the first slice of a walk.
 
     Args:
         outputs: Of the head.
     """
-    equal = -(-rows // slices)
-    return max(equal, min(_lead(rows, task, outputs), rows - slices + 1))  # a row at least for each of the others
+    equal = -(-len(rows) // slices)
+    # A row at least for each of the others.
+    return max(equal, min(_lead(rows, task, outputs), len(rows) - slices + 1))
 
 
 def pace(slice_rows: float) -> float:

@@ -13,8 +13,10 @@ from datasets import ClassLabel, Dataset
 from sklearn.metrics import accuracy_score
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onestep_peft import OneStepTrainer
+from onestep_peft.gradient import without_dropout
 from onestep_peft.held_out import carve, split_rows
 from onestep_peft.methods import lora
 from onestep_peft.tasks import TEXT_CLASSIFICATION
@@ -447,3 +449,14 @@ def test_no_more_rows_are_held_out_than_asked() -> None:
     unique = [{"input_ids": [i], "labels": i % 2} for i in range(300)]
     assert len(carve(unique, 0.5, 40)[1]) == 40
     assert len(carve(unique, 0.5, 512)[1]) == 150
+
+
+def test_no_module_drops_out_in_the_pass_and_checkpointed_layers_keep_their_flag() -> None:
+    model = nn.Sequential(tiny_bert(), torch.jit.script(nn.Dropout(0.5)), nn.Dropout(0.5)).train()
+    without_dropout(model)
+    kept = [module for module in model.modules() if module.training]
+    assert len(kept) == 2 and all(isinstance(module, GradientCheckpointingLayer) for module in kept)
+    ones = torch.ones(100)
+    assert torch.equal(model[1](ones), ones) and torch.equal(model[2](ones), ones)
+    model.train()
+    assert all(module.training for module in model.modules())

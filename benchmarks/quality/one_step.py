@@ -12,7 +12,6 @@ from peft import LoraConfig
 from transformers import EvalPrediction
 
 from onestep_peft import OneStepConfig, OneStepTrainer
-from onestep_peft.slices import rows_of_the_lead
 from onestep_peft.step.outcome import WALK
 
 from . import baselines
@@ -58,15 +57,19 @@ def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str
         "accepted": [step["accepted"] for step in report.steps],
         "directions": [step["direction"] for step in report.steps],
         "seconds": report.seconds,
-        "forwards": forwards(report, slices),
+        "forwards": forwards(report, trainer.lead_rows),
     }
 
 
-def forwards(report: Any, slices: int) -> int:
-    """Forwards of single rows that the run took; a row of the pass counts three, a head's row one."""
+def forwards(report: Any, lead: int) -> int:
+    """Forwards of single rows that the run took; a row of the pass counts three, a head's row one.
+
+    Args:
+        lead: How many rows the head was fitted to at first.
+    """
     rows, held = report.rows["gradient"], max(report.rows["search"], report.rows["guard"])
     alone = report.steps[0]["direction"] == WALK  # small steps alone, and the head that follows them
-    total = (rows * 5 if alone else rows_of_the_lead(rows, slices)) + held  # the first head; its losses need no forward
+    total = (rows * 5 if alone else lead) + held  # the first head; its losses need no forward
     for step in report.steps:
         searches = [*step["candidates"], *step.get("parts", ())]
         total += held * sum(len(search["points"]) - 1 for search in searches)  # zero is known

@@ -45,7 +45,7 @@ class Method(Protocol):
         """Whether an adapter is there that adds nothing yet, so that `set_aside` changes no output."""
 
     def set_aside(self, model: Any) -> AbstractContextManager[None]:
-        """While open, the base answers alone; its layers' outputs have gradients all the same."""
+        """While open, and again later, the base answers alone; its layers' outputs have gradients all the same."""
 
     def layers(self, model: Any, left_out: str | None) -> Sequence[Layer | Prompt]:
         """What moves, without the layer `left_out`."""

@@ -143,7 +143,7 @@ def set_aside(model: PeftModel) -> contextlib.AbstractContextManager[None]:
     """While open, the base answers without the adapter: where that is zero, the same outputs for a fifth less work.
 
     Gradients reach the outputs of the adapted layers all the same, and go no further back than the first of them; the
-    adapter's own parameters get none. It may be opened again and again.
+    adapter's own parameters get none. It may be opened again once it is closed.
     """
     return _SetAside([module for _, module in _adapted(model, str(model.active_adapter))])
 
@@ -156,7 +156,11 @@ class _SetAside(contextlib.AbstractContextManager[None]):
         self._wanted = [(one, one.requires_grad) for module in self._modules for one in module.parameters()]
         # Ahead of whatever observes the outputs.
         self._handles = [module.register_forward_hook(_begin_graph, prepend=True) for module in self._modules]
-        self._enable(False)
+        try:
+            self._enable(False)
+        except BaseException:  # an interruption in between
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._enable(True)

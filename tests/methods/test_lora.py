@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
@@ -341,10 +342,34 @@ def test_an_adapter_set_aside_comes_back_after_an_error() -> None:
     assert not lora.is_idle(model)
     ids = torch.tensor([[5, 6, 7]])
     before = model(input_ids=ids).logits
-    with pytest.raises(RuntimeError, match="in between"), lora.set_aside(model):
-        assert not torch.equal(model(input_ids=ids).logits, before)
-        raise RuntimeError("in between")
+    aside = lora.set_aside(model)
+    for _ in range(2):  # every micro-batch opens it
+        with pytest.raises(RuntimeError, match="in between"), aside:
+            assert not torch.equal(model(input_ids=ids).logits, before)
+            raise RuntimeError("in between")
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_an_adapter_comes_back_where_setting_it_aside_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(r=4, lora_alpha=8).eval()
+    lora.layers(model)[0].write(LowRank(torch.ones(32, 1), torch.ones(1, 32)))
+    ids = torch.tensor([[5, 6, 7]])
+    before, wanted = model(input_ids=ids).logits, [parameter.requires_grad for parameter in model.parameters()]
+    enable, calls = LoraLinear.enable_adapters, []
+
+    def interrupted(module: LoraLinear, enabled: bool) -> None:
+        calls.append(enabled)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        enable(module, enabled)
+
+    monkeypatch.setattr(LoraLinear, "enable_adapters", interrupted)
+    with pytest.raises(KeyboardInterrupt), lora.set_aside(model):
+        pass
+    assert calls[:4] == [False, False, False, True]
     assert torch.equal(model(input_ids=ids).logits, before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
