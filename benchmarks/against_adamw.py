@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,9 @@ def arms(setting: Setting, setfit_python: Path | None = None) -> dict[str, Arm]:
         found["one step of all rows, lora"] = lambda s: one_step.one_step(s, slices=1)
     for number in epochs(setting.rows):
         for rate in baselines.RATES:
-            found[f"adamw, {number} epochs, rate {rate:g}"] = lambda s, r=rate, n=number: baselines.adamw(s, r, n)
+            found[f"adamw, {number} epochs, rate {rate:g}"] = partial(baselines.adamw, rate=rate, epochs=number)
     for number in epochs(setting.rows):
-        found[f"adamw, {number} epochs, fitted head"] = lambda s, n=number: with_best_rate(
-            s, n, lambda rate: baselines.adamw(s, rate, n, fitted=True)
-        )
+        found[f"adamw, {number} epochs, fitted head"] = partial(from_fitted_head, epochs=number)
     if setting.name in PROMPT_SETS and setting.rows <= SMALL:
         found |= prompt_arms()
     found["lora_ga, 1 step"] = lambda s: with_best_rate(s, None, lambda rate: baselines.loraga(s, rate, steps=1))
@@ -85,6 +84,11 @@ def arms(setting: Setting, setfit_python: Path | None = None) -> dict[str, Arm]:
     return found
 
 
+def from_fitted_head(setting: Setting, epochs: int) -> dict[str, Any]:
+    """AdamW at its best rate for so many epochs, from the fitted head."""
+    return with_best_rate(setting, epochs, lambda rate: baselines.adamw(setting, rate, epochs, fitted=True))
+
+
 def prompt_arms() -> dict[str, Arm]:
     """One step on a prompt, and AdamW on the same prompt; their names keep them apart from AdamW on a LoRA."""
     found: dict[str, Arm] = {
@@ -93,7 +97,7 @@ def prompt_arms() -> dict[str, Arm]:
     }
     name = f"{summary.PROMPT_ADAMW}, {PROMPT_EPOCHS} epochs"
     for rate in baselines.PROMPT_RATES:
-        found[f"{name}, rate {rate:g}"] = lambda s, r=rate: baselines.prompt_adamw(s, r, PROMPT_EPOCHS)
+        found[f"{name}, rate {rate:g}"] = partial(baselines.prompt_adamw, rate=rate, epochs=PROMPT_EPOCHS)
     found[f"{name}, fitted head"] = lambda s: with_best_rate(
         s, PROMPT_EPOCHS, lambda rate: baselines.prompt_adamw(s, rate, PROMPT_EPOCHS, fitted=True),
         summary.PROMPT_ADAMW, baselines.PROMPT_RATES,

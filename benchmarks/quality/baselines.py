@@ -65,7 +65,7 @@ def loraga(setting: Setting, rate: float, steps: int = -1) -> dict[str, Any]:
     """PEFT's LoRA-GA initialisation from all training rows, then an epoch, or so many steps, of AdamW."""
     model, tokenizer = setting.model(), setting.tokenizer()
     rows = tokenised(setting.train(), tokenizer)
-    collate = DataCollatorWithPadding(tokenizer)
+    collate: Any = DataCollatorWithPadding(tokenizer)
     fit_head(setting, model, tokenizer)
 
     def walk() -> None:
@@ -152,7 +152,7 @@ def fit_head(setting: Setting, model: Any, tokenizer: Any) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as Trainer chooses it
     model.to(device)
     layer = head.active(model, "classifier")
-    collate = DataCollatorWithPadding(tokenizer)
+    collate: Any = DataCollatorWithPadding(tokenizer)
 
     def found(rows: list[dict[str, Any]]) -> head.Features:
         tokens = tokenised(rows, tokenizer)

@@ -48,7 +48,7 @@ def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str
         )  # fmt: skip
         trainer.train()
     report = trainer.report
-    slices = int(trainer.args.slices)
+    slices = trainer.slices
     return {
         # The head that a walk begins with knows its first slice only.
         "head": stages[1] if slices == 1 or trainer.walks_at_once else baselines.head_alone(setting),

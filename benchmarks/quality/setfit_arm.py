@@ -29,7 +29,7 @@ def setfit(setting: Setting, python: Path, epochs: int) -> dict[str, Any]:
         epochs: How long AdamW's longest run is; the pairs are capped by it.
     """
     rows = setting.train()
-    job = {
+    job: dict[str, Any] = {
         "model": str(BASE),
         "train": rows,
         "search": setting.search(),

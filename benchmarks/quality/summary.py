@@ -229,7 +229,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
             for arm, row in one.arms.items():
                 style, colour = _marker(arm)
                 axis.plot(row["forwards"] / (3 * number), row["test"]["score"], style, color=colour, markersize=9)
-            axis.axhline(one.head["score"], color="0.8", linewidth=1)
+            if one.head is not None:
+                axis.axhline(one.head["score"], color="0.8", linewidth=1)
         axis.set_xscale("log")
         axis.set_xticks([0.5, 1, 2, 3, 5, 10], ["0.5", "1", "2", "3", "5", "10"])
         axis.minorticks_off()
