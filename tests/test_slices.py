@@ -207,6 +207,7 @@ def test_a_run_goes_by_the_rows_of_its_first_slice(tmp_path: Path, monkeypatch: 
 def test_tokens_are_too_many_for_chance() -> None:
     assert of_small_steps(400, 13, TEXT_CLASSIFICATION) == (pace(400 / 12), pytest.approx(400 / 12))
     assert of_small_steps(400, 13, TEXT_GENERATION) == (pace(400 / 12), float("inf"))
+    assert of_small_steps(0, 1, TEXT_CLASSIFICATION) == (0, 0)
 
 
 def test_the_pace_grows_with_the_root_of_a_slices_rows() -> None:
@@ -214,7 +215,9 @@ def test_the_pace_grows_with_the_root_of_a_slices_rows() -> None:
     assert pace(80) == pytest.approx(2 * pace(20)) and pace(10**9) == 1.0 and pace(0) == 0
 
 
-def test_every_slice_of_a_walk_has_a_row() -> None:
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_every_slice_of_a_walk_has_a_row(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices_module, "LEAD", share)
     lead = rows_of_the_lead(ROWS, len(ROWS), TEXT_GENERATION, 2)
     by_length = Dataset.from_list(sorted(listed(tokenised(ROWS)), key=lambda row: -len(row["input_ids"])))
     rows, counts = SlicedRows(by_length, len(ROWS), 1, lead=lead), []

@@ -48,10 +48,9 @@ def one_step(setting: Setting, method: str = "lora", **options: Any) -> dict[str
         )  # fmt: skip
         trainer.train()
     report = trainer.report
-    slices = trainer.slices
     return {
         # The head that a walk begins with knows its first slice only.
-        "head": stages[1] if slices == 1 or trainer.walks_at_once else baselines.head_alone(setting),
+        "head": stages[1] if trainer.slices == 1 or trainer.walks_at_once else baselines.head_alone(setting),
         "test": stages[-1],
         **({"threshold": report.threshold["value"]} if report.threshold else {}),
         "accepted": [step["accepted"] for step in report.steps],
