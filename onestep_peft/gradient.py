@@ -20,7 +20,14 @@ from onestep_peft.held_out import padded
 from onestep_peft.methods import Method
 from onestep_peft.out_of_fold import Pulling
 from onestep_peft.rows import Tokeniser
-from onestep_peft.slices import ROWS_ON_A_CPU, PartedRows, SlicedRows, of_small_steps, rows_of_the_lead
+from onestep_peft.slices import (
+    ROWS_ON_A_CPU,
+    PartedRows,
+    SlicedRows,
+    of_small_steps,
+    rows_for_a_gpu,
+    rows_of_the_lead,
+)
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
@@ -130,9 +137,12 @@ class ExactGradientTrainer(Trainer):
         """As in Trainer; several processes get as many full micro-batches each, the last rows without labels."""
         rows: Any = self.train_dataset
         self._sliced = None
+        lead = self.lead_rows if self.leads else 0
+        self._train_batch_size = self._rows_at_a_time(rows, -(-(len(rows) - lead) // (self.slices - (lead > 0))))
+        forwards = "per_device_eval_batch_size"
+        if forwards in self._may_grow and processes.number() == 1:
+            setattr(self.args, forwards, self._grown(self.args.eval_batch_size, rows, len(rows)))
         if self.slices > 1:
-            lead = self.lead_rows if self.leads else 0
-            self._train_batch_size = min(self._train_batch_size, self._rows_at_a_time(len(rows)))
             self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
         elif self.parts * self.shares > 1:
             self._sliced = PartedRows(rows, self.parts, self.shares, self._train_batch_size)
@@ -142,11 +152,30 @@ class ExactGradientTrainer(Trainer):
         finally:
             self.train_dataset = rows
 
-    def _rows_at_a_time(self, rows: int) -> int:
-        """The most rows that a micro-batch of a walk is to have: sizes never tell in what comes of it."""
+    def _rows_at_a_time(self, rows: Any, slice_rows: int) -> int:
+        """The rows of a micro-batch: sizes never tell in what comes of it.
+
+        Args:
+            rows: The longest first.
+            slice_rows: How many of them a slice has.
+        """
+        usual, own = self._train_batch_size, -(-slice_rows // processes.number())
         if self.walks_at_once:  # where there are several processes most of a larger one would only fill it up
-            return -(-rows // (self.slices * processes.number()))
-        return ROWS_ON_A_CPU if self.args.device.type == "cpu" else rows
+            return min(usual, own)
+        # Where Trainer has gone down to fewer, more did not fit into memory.
+        grows = "per_device_train_batch_size" in self._may_grow and usual == self.args.train_batch_size
+        if grows and (self.slices > 1 or processes.number() == 1):
+            return self._grown(usual, rows, own)
+        return min(usual, ROWS_ON_A_CPU) if self.slices > 1 and self.args.device.type == "cpu" else usual
+
+    @property
+    def _may_grow(self) -> set[str]:
+        """Which batch sizes are not fixed; a CPU gains nothing by larger ones."""
+        return cast(OneStepConfig, self.args).batches_may_grow if self.args.device.type != "cpu" else set()
+
+    def _grown(self, usual: int, rows: Any, most: int) -> int:
+        parameters = sum(parameter.numel() for parameter in self.bare_model.parameters())
+        return max(usual, min(most, rows_for_a_gpu(len(rows[0].get("input_ids", ())), parameters)))
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
         """As in Trainer, with all micro-batches of the pass in one step. Runs again when batches get smaller."""

@@ -212,7 +212,7 @@ def _layer(module_name: str, module: LoraLinear, adapter: str) -> Layer:
 
     def read() -> LowRank | None:
         down, up = (factor.detach().float() for factor in _factors(module, adapter))
-        return LowRank(up * scaling, down.clone()) if bool(up.any()) and bool(down.any()) else None
+        return LowRank(up * scaling, down.clone()) if bool(up.any() & down.any()) else None
 
     down, up = _factors(module, adapter)
     shape = (up.shape[0], down.shape[1])
@@ -230,8 +230,8 @@ def _write(module: LoraLinear, adapter: str, update: LowRank, scaling: float) ->
     down, up = _factors(module, adapter)
     fitted, lost = update.truncated(down.shape[0])
     left = fitted.left / scaling  # (d_out, rank)
-    left_norm, right_norm = float(left.norm()), float(fitted.right.norm())
-    balance = math.sqrt(left_norm / right_norm) if left_norm > 0 and right_norm > 0 else 1.0
+    balance = (left.norm() / fitted.right.norm()).sqrt()
+    balance = torch.where(balance.isfinite() & (balance > 0), balance, 1.0)  # not one by one: a GPU would be waited for
     up.zero_()
     up[:, : fitted.rank] = left / balance
     down[: fitted.rank] = fitted.right * balance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -92,7 +92,7 @@ class LayerStatistics:
         self.output_grad_covariance = torch.zeros(_shape(output_factor, d_out, d_in), device=device)
         self.tokens, self.covered_tokens = torch.zeros((), device=device), torch.zeros((), device=device)
         self.covers = True
-        self._tokens_per_item = 0.0
+        self._tokens_per_item = self.tokens
 
     def sums(self) -> dict[str, Tensor]:
         """The sums that a pass has made so far, by name."""
@@ -158,7 +158,7 @@ class LayerStatistics:
         covered = items if covered is None else covered
         if self._sums_gradient:
             self.gradient /= items
-        for covariance in (self.input_covariance, self.output_grad_covariance):
+        for covariance in (self.input_covariance, self.output_grad_covariance) if covered else ():
             _mirror(covariance)
         self.output_grad_covariance /= covered if self._output_factor == "dense" else items
         if self._input_factor == "one":
@@ -166,7 +166,7 @@ class LayerStatistics:
         else:
             tokens = self.covered_tokens if self._input_factor == "dense" else self.tokens
             self.input_covariance /= tokens.clamp_min(1)
-        self._tokens_per_item = float(self.tokens) / items
+        self._tokens_per_item = self.tokens / items
 
     def of(self, sums: Mapping[str, Tensor], items: float, covered: float) -> LayerStatistics:
         """What other sums come to: those of `sums`, with the gradient's among them in any case."""
@@ -187,6 +187,21 @@ class LayerStatistics:
         traces = _trace(self.input_covariance) * _trace(self.output_grad_covariance)
         bound = (traces * self._tokens_per_item).sqrt()
         return not bool(self.gradient.norm() > NOISE_FLOOR * bound)
+
+
+def norms(gradients: Iterable[Tensor]) -> Tensor:
+    """Frobenius norms, `(number,)`, on one device: to ask for each would wait for a GPU as often."""
+    found = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    return torch.stack([norm.to(found[0].device) for norm in found])
+
+
+def check_finite(statistics: Mapping[str, Statistics]) -> None:
+    """Raises a ValueError that names the first layer whose gradient is not finite."""
+    if not statistics or bool(norms(record.gradient for record in statistics.values()).isfinite().all()):
+        return
+    for name, record in statistics.items():
+        if not torch.isfinite(record.gradient).all():
+            raise ValueError(f"The gradient of {name} is not finite, though the loss is. Try `bf16=False`.")
 
 
 def _shape(factor: Factor, d: int, other: int) -> tuple[int, ...]:

@@ -2,11 +2,8 @@
 
 Each slice of rows that comes after the step moves the layers along its natural gradient under K-FAC, whitened by the
 covariances that the step was made of, and each layer by a share of what the step has moved it by. An update that is a
-product of rank r stays one: the gradient is projected onto the tangent space of the matrices of rank r where the update
-stands, and the sum is cut to rank r again, both in K-FAC's metric. Sources: Martens & Grosse, ICML 2015 (the metric);
-Vandereycken, "Low-rank matrix completion by Riemannian optimization", SIAM Journal on Optimization 23, 2013 (the
-manifold, its tangent space and the way back to it); You et al., "Large batch optimization for deep learning", ICLR 2020
-(steps by a layer's own length).
+product of rank r stays one (`step/products.py`). Sources: Martens & Grosse, ICML 2015 (the metric); You et al., "Large
+batch optimization for deep learning", ICLR 2020 (steps by a layer's own length).
 """
 
 from __future__ import annotations
@@ -19,16 +16,11 @@ from torch import Tensor
 
 from onestep_peft.step import processes, prompt_steps
 from onestep_peft.step.candidates import Evidence
-from onestep_peft.step.directions import (
-    WhitenedGradient,
-    damped_root,
-    solve,
-    solve_transposed,
-    times_transposed,
-)
+from onestep_peft.step.directions import WhitenedGradient, damped_root, times_transposed
 from onestep_peft.step.layers import Layer, LowRank, Prompt
 from onestep_peft.step.natural import RowGradients
 from onestep_peft.step.parameter_gradients import ParameterGradients
+from onestep_peft.step.products import ProductStep, along_the_products
 from onestep_peft.step.statistics import LayerStatistics, Statistics
 
 # A slice's mean loss above this multiple of what held-out rows lost where the walk began, and so many standard errors
@@ -42,47 +34,8 @@ def products(layers: Iterable[Layer | Prompt]) -> dict[str, LowRank | None]:
     return {layer.name: layer.read() for layer in layers if isinstance(layer, Layer) and layer.read is not None}
 
 
-def along_the_product(
-    update: LowRank,
-    gradient: Tensor,
-    output_root: Tensor | None,
-    input_root: Tensor | None,
-    *,
-    length: float,
-) -> LowRank:
-    """A step of this length down the natural gradient from W = L R, on the manifold of matrices of its rank.
-
-    With M = L_Sᵀ W L_A (the same in white coordinates), Γ = L_S⁻¹ G L_A⁻ᵀ, P and Q the projectors on M's column and row
-    space, and T = PΓ + ΓQ − PΓQ: M ← M − length · T / ‖T‖, cut to M's rank. G is the only `(d_out, d_in)` matrix.
-
-    Args:
-        update: W.
-        gradient: G, `(d_out, d_in)`.
-        output_root: L_S, as in `WhitenedGradient`.
-        input_root: L_A. All are of one precision: fp32 will do, the roots are damped.
-        length: Frobenius norm of the step in white coordinates.
-    """
-    u, v, core = _spaces(times_transposed(output_root, update.left), times_transposed(input_root, update.right.T))
-    across = solve(output_root, gradient @ solve_transposed(input_root, v))  # ΓV, (d_out, k)
-    down = solve(input_root, gradient.T @ solve_transposed(output_root, u)).T  # UᵀΓ, (k, d_in)
-    beside = across - u @ (u.T @ across)
-    rate = _rate(length, (down.square().sum() + beside.square().sum()).sqrt())
-    moved = LowRank(torch.cat([u, -rate * beside], 1), torch.cat([core @ v.T - rate * down, v.T], 0))
-    white, _ = moved.truncated(len(core))
-    left, right = solve_transposed(output_root, white.left), solve_transposed(input_root, white.right.T).T
-    return LowRank(left, right)
-
-
-def _rate(length: float, norm: Tensor) -> float:
-    return length / float(norm) if norm > 0 else 0.0
-
-
-def _spaces(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U `(m, k)`, V `(n, k)`, both orthonormal, and C `(k, k)` with left rightᵀ = U C Vᵀ, k its rank."""
-    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
-    a, sigma, bt = torch.linalg.svd(r_left @ r_right.T)
-    keep = sigma > torch.finfo(sigma.dtype).eps * max(len(left), len(right)) * sigma[0]
-    return q_left @ a[:, keep], q_right @ bt[keep].T, sigma[keep].diag()
+def _rate(length: Tensor, norm: Tensor) -> Tensor:
+    return torch.where(norm > 0, length / norm, 0.0)
 
 
 class Walk:
@@ -231,14 +184,15 @@ class Walk:
         if loss <= float(self.losses.mean()) and not self._is_at_once:
             self._kept |= self._place("well")
         share = left * self.pace
+        self._move_products(statistics, share)
         for layer in self._layers:
             of_layer = statistics[layer.name].gradient
             if prompt_steps.goes_by(self._kept, layer.name):
                 assert layer.parameter is not None
                 even = prompt_steps.even(of_layer, self._kept, layer.name)
                 self._move_by_adam(layer.name, layer.parameter(), even, share)
-            elif f"length/{layer.name}" in self._kept:
-                self._move(layer, of_layer, share * float(self._kept[f"length/{layer.name}"]))
+            elif layer.parameter is not None and f"length/{layer.name}" in self._kept:
+                self._move(layer, of_layer, share * self._kept[f"length/{layer.name}"])
         for i, parameter in enumerate(self._head):
             gradient = gradients.of(parameter)
             if gradient is not None and prompt_steps.goes_by(self._kept, f"head/{i}"):
@@ -247,7 +201,7 @@ class Walk:
             for i, parameter in enumerate(self._parameters):
                 gradient = gradients.of(parameter)
                 if gradient is not None:
-                    rate = _rate(share * float(self._kept[f"length/{i}"]), gradient.norm())
+                    rate = _rate(share * self._kept[f"length/{i}"], gradient.norm())
                     wide = self._wide(parameter)
                     wide.sub_(rate * gradient)
                     parameter.copy_(wide)
@@ -268,16 +222,25 @@ class Walk:
             return True
         return high
 
-    def _move(self, layer: Layer | Prompt, gradient: Tensor, length: float) -> None:
+    def _move_products(self, statistics: Mapping[str, Statistics], share: float) -> None:
+        """A step of all layers whose update is a product."""
+        writes, steps = [], []
+        for layer in self._layers:
+            name, gradient = layer.name, statistics[layer.name].gradient
+            # None of a layer that does not walk, or that no row of the slice has reached.
+            if not isinstance(layer, Layer) or f"length/{name}" not in self._kept or gradient.dim() == 0:
+                continue
+            if layer.read is not None and layer.write is not None and (update := layer.read()) is not None:
+                roots = self._kept[f"output/{name}"], self._kept[f"input/{name}"]
+                steps.append(ProductStep(update, gradient, *roots, share * self._kept[f"length/{name}"]))
+                writes.append(layer.write)
+        for write, moved in zip(writes, along_the_products(steps), strict=True):
+            write(moved)
+
+    def _move(self, layer: Layer | Prompt, gradient: Tensor, length: Tensor) -> None:
         if gradient.dim() == 0:  # no row of the slice has reached it
             return
         output_root, input_root = self._kept[f"output/{layer.name}"], self._kept[f"input/{layer.name}"]
-        if isinstance(layer, Layer) and layer.parameter is None:
-            assert layer.read is not None and layer.write is not None
-            so_far = layer.read()
-            if so_far is not None:
-                layer.write(along_the_product(so_far, gradient, output_root, input_root, length=length))
-            return
         white = WhitenedGradient.of(gradient, output_root.double(), input_root.double())
         assert layer.parameter is not None
         parameter = layer.parameter()

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from onestep_peft.step import products
 from onestep_peft.step import walk as walk_module
 from onestep_peft.step.directions import damped_root
 from onestep_peft.step.layers import Layer, LowRank
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.step.outcome import WALK, StepSettings
+from onestep_peft.step.products import ProductStep, along_the_products
 from onestep_peft.step.statistics import LayerStatistics, observed
-from onestep_peft.step.walk import ASTRAY, ERRORS, Walk, along_the_product, metric_of
+from onestep_peft.step.walk import ASTRAY, ERRORS, Walk, metric_of
 from tests.conftest import same_bits
 from tests.step.test_optimizer import ROWS, data, net, one_pass, row_losses, settings
 
@@ -29,6 +31,13 @@ def matrix(*shape: int, seed: int) -> Tensor:
 def covariance(d: int, seed: int) -> Tensor:
     x = matrix(3 * d, d, seed=seed)
     return x.T @ x / len(x)
+
+
+def along_the_product(
+    update: LowRank, gradient: Tensor, output_root: Tensor | None, input_root: Tensor | None, *, length: float
+) -> LowRank:
+    step = ProductStep(update, gradient, output_root, input_root, torch.tensor(length, dtype=torch.float64))
+    return along_the_products([step])[0]
 
 
 ROOTS: dict[str, tuple[Callable[[], Tensor | None], Callable[[Tensor | None, int], Tensor]]] = {
@@ -78,6 +87,24 @@ def test_at_full_rank_it_is_the_natural_gradient() -> None:
     white = gradient @ torch.linalg.inv(root).T
     expected = update.dense() - 0.1 / white.norm() * gradient @ torch.linalg.inv(root @ root.T)
     assert torch.allclose(found.dense(), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_layers_that_move_together_move_as_they_do_alone() -> None:
+    """Of one shape, though one has a smaller rank than its factors have room for, and another has none."""
+    roots = [
+        (damped_root(covariance(9, i), 0.1), damped_root(torch.stack([covariance(4, i)] * 3), 0.1)) for i in (1, 2, 3)
+    ]
+    updates = [LowRank(matrix(9, 3, seed=i), matrix(3, 12, seed=10 + i)) for i in (1, 2, 3)]
+    updates[1].left[:, 2] = 0
+    updates[2].left.zero_()
+    steps = [
+        ProductStep(update, matrix(9, 12, seed=20 + i), *roots[i], torch.tensor(0.1 * i + 0.1, dtype=torch.float64))
+        for i, update in enumerate(updates)
+    ]
+    together = products._together(steps)
+    assert [one.rank for one in together] == [3, 2, 0]
+    for one, alone in zip(together, along_the_products(steps), strict=True):
+        assert torch.allclose(one.dense(), alone.dense(), rtol=1e-9, atol=1e-11)
 
 
 def in_place(name: str, module: nn.Linear) -> Layer:

@@ -1,0 +1,138 @@
+"""Small steps of updates that are products: down the natural gradient, on the manifold of matrices of their rank.
+
+The gradient is projected onto the tangent space where the update stands, and the sum is cut to the rank again, both in
+K-FAC's metric. Source: Vandereycken, "Low-rank matrix completion by Riemannian optimization", SIAM Journal on
+Optimization 23, 2013 (the manifold, its tangent space and the way back to it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onestep_peft.step.layers import LowRank
+
+# On a GPU layers that are alike move together, as many as have so many numbers in their gradients and roots: for
+# small ones it would wait. On the CPU each moves alone.
+TOGETHER = 64_000_000
+
+
+@dataclass(frozen=True)
+class ProductStep:
+    """What one step of one layer goes by; all in one precision: fp32 will do, the roots are damped.
+
+    Args:
+        update: W = L R, of the rank that it is to keep.
+        gradient: G, `(d_out, d_in)`.
+        output_root: L_S, as in `WhitenedGradient`.
+        input_root: L_A.
+        length: Frobenius norm of the step in white coordinates, `()`.
+    """
+
+    update: LowRank
+    gradient: Tensor
+    output_root: Tensor | None
+    input_root: Tensor | None
+    length: Tensor
+
+
+def along_the_products(steps: Sequence[ProductStep]) -> list[LowRank]:
+    """The updates after a step down the natural gradient each, on the manifold of matrices of their rank.
+
+    With M = L_Sᵀ W L_A (the same in white coordinates), Γ = L_S⁻¹ G L_A⁻ᵀ, P and Q the projectors on M's column and row
+    space, and T = PΓ + ΓQ − PΓQ: M ← M − length · T / ‖T‖, cut to M's rank. G is the only `(d_out, d_in)` matrix.
+    """
+    found: dict[int, LowRank] = {}
+    for places in _alike(steps):
+        found |= zip(places, _together([steps[place] for place in places]), strict=True)
+    return [found[place] for place in range(len(steps))]
+
+
+def _alike(steps: Sequence[ProductStep]) -> Iterator[list[int]]:
+    """The places of steps that can be made together."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, step in enumerate(steps):
+        roots = [root for root in (step.output_root, step.input_root) if root is not None]
+        tensors = [step.update.left, step.update.right, *roots]
+        key = (step.gradient.device, *(tensor.shape for tensor in tensors))
+        numbers = step.gradient.numel() + sum(root.numel() for root in roots)
+        most = TOGETHER // numbers if step.gradient.device.type != "cpu" else 1
+        group = groups.setdefault(key, [])
+        group.append(place)
+        if len(group) >= most:
+            yield groups.pop(key)
+    yield from groups.values()
+
+
+def _together(steps: Sequence[ProductStep]) -> list[LowRank]:
+    """The same for steps of one shape: all tensors have a dimension more, the first."""
+    output_root = _stacked([step.output_root for step in steps])
+    input_root = _stacked([step.input_root for step in steps])
+    left, right = _all([step.update.left for step in steps]), _all([step.update.right for step in steps]).mT
+    gradient, length, rank = _all([step.gradient for step in steps]), _all([s.length for s in steps]), left.shape[2]
+    u, sigma, v, ranks = _spectrum(_times_transposed(output_root, left), _times_transposed(input_root, right))
+    across = _solve(output_root, gradient @ _solve_transposed(input_root, v))  # ΓV, (n, d_out, k)
+    down = _solve(input_root, gradient.mT @ _solve_transposed(output_root, u))  # ΓᵀU, (n, d_in, k)
+    beside = across - u @ (u.mT @ across)
+    norm = (down.square().sum((1, 2)) + beside.square().sum((1, 2))).sqrt()
+    rate = torch.where(norm > 0, length / norm, 0.0).to(norm)[:, None, None]
+    u, sigma, v, least = _spectrum(
+        torch.cat([u, -rate * beside], 2), torch.cat([v * sigma[:, None] - rate * down, v], 2)
+    )
+    left = _solve_transposed(output_root, (u * sigma[:, None])[..., :rank])
+    right = _solve_transposed(input_root, v[..., :rank])
+    kept = torch.minimum(ranks, least).tolist()
+    return [LowRank(one[:, :k], other[:, :k].T) for one, other, k in zip(left, right, kept, strict=True)]
+
+
+def _spectrum(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U `(n, a, k)`, σ `(n, k)`, falling, and V `(n, b, k)` of left rightᵀ = U diag(σ) Vᵀ, from `(n, a, k)` and
+    `(n, b, k)`; and the ranks, `(n,)`, on the CPU: what lies behind them is zero.
+
+    By way of the Gram matrices: what is decomposed is `(k, k)`, and the CPU is done with it before a GPU has begun.
+    """
+    wide = left.double(), right.double()
+    grams = torch.stack([one.mT @ one for one in wide], 1).cpu()
+    lengths = grams.diagonal(dim1=2, dim2=3).sqrt()  # columns of one length: squares would drown the short ones
+    scale = torch.where(lengths > 0, 1 / lengths, 0.0)
+    energy, vectors = torch.linalg.eigh(grams * scale[..., None] * scale[..., None, :])
+    real, root = energy > torch.finfo(energy.dtype).eps * energy.shape[-1], energy.clamp_min(0).sqrt()
+    down = root[..., None] * vectors.mT * lengths[..., None, :]  # left = (left · up) · down, the first part orthonormal
+    up = scale[..., None] * vectors * torch.where(real, 1 / root, 0.0)[..., None, :]
+    a, sigma, bt = torch.linalg.svd(down[:, 0] @ down[:, 1].mT)
+    keep = sigma > torch.finfo(torch.float32).eps * max(left.shape[1], right.shape[1]) * sigma[:, :1]
+    sides = [up[:, i] @ (side * keep[:, None]) for i, side in enumerate((a, bt.mT))]
+    u, v = ((one @ side.to(one.device)).to(left.dtype) for one, side in zip(wide, sides, strict=True))
+    return u, (sigma * keep).to(left), v, keep.sum(1)
+
+
+def _all(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
+
+
+def _stacked(roots: Sequence[Tensor | None]) -> Tensor | None:
+    """Roots of one kind: diagonals, `(n, d)`, or blocks on the diagonal, one at least, `(n, blocks, side, side)`."""
+    whole = _all([root for root in roots if root is not None]) if roots[0] is not None else None
+    return whole[:, None] if whole is not None and whole.dim() == 3 else whole
+
+
+def _times_transposed(root: Tensor | None, right: Tensor) -> Tensor:
+    """Lᵀ right."""
+    if root is None or root.dim() == 2:
+        return right if root is None else right * root[..., None]
+    return (root.mT @ right.unflatten(1, root.shape[1:3])).flatten(1, 2)
+
+
+def _solve(root: Tensor | None, right: Tensor, upper: bool = False) -> Tensor:
+    """L⁻¹ right."""
+    if root is None or root.dim() == 2:
+        return right if root is None else right / root[..., None]
+    return torch.linalg.solve_triangular(root, right.unflatten(1, root.shape[1:3]), upper=upper).flatten(1, 2)
+
+
+def _solve_transposed(root: Tensor | None, right: Tensor) -> Tensor:
+    """L⁻ᵀ right."""
+    return _solve(root if root is None or root.dim() == 2 else root.mT, right, upper=True)
