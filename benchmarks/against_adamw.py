@@ -185,10 +185,10 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def settings(data: Path) -> list[Setting]:
+def settings(data: Path, seeds: Sequence[int] = SEEDS) -> list[Setting]:
     """The matrix, one seed after the other."""
     sizes = ((SMALL, SMALL_SETS), (LARGE, LARGE_SETS))
-    return [Setting(data, name, rows, seed) for rows, sets in sizes for seed in SEEDS for name in sets]
+    return [Setting(data, name, rows, seed) for rows, sets in sizes for seed in seeds for name in sets]
 
 
 Run = tuple[str, Setting]
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder a set")
     parser.add_argument("--sets", nargs="+", help="only these")
     parser.add_argument("--rows", type=int, nargs="+", help="only these numbers of rows")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="these, default 0 1 2")
     parser.add_argument("--arms", nargs="+", help="only arms whose names begin so")
     parser.add_argument("--setfit-python", type=Path, help="interpreter of SetFit's environment, to run that arm too")
     parser.add_argument("--table", action="store_true", help="table and picture from the results that are there")
@@ -263,10 +263,8 @@ def main() -> None:
     if not options.table:
         wanted = [
             one
-            for one in settings(options.data)
-            if one.name in (options.sets or [one.name])
-            and one.rows in (options.rows or [one.rows])
-            and one.seed in (options.seeds or [one.seed])
+            for one in settings(options.data, options.seeds)
+            if one.name in (options.sets or [one.name]) and one.rows in (options.rows or [one.rows])
         ]
         runs = missing(wanted, tuple(options.arms or ("",)), options.setfit_python)
         run_all(runs, options.setfit_python, options.workers, options.minutes)
