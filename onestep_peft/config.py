@@ -12,12 +12,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from onestep_peft import arguments
+from onestep_peft.batch_sizes import USUAL
 from onestep_peft.errors import nearest
 from onestep_peft.step.directions import DIRECTIONS, NATURAL, PARAMETER_DIRECTIONS
 
 AUTO = "auto"
-# Rows of a micro-batch, and of a batch of forwards, where nothing is said.
-ROWS_AT_A_TIME = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32}
 #: Directions that a user can name.
 KNOWN_DIRECTIONS = (AUTO, *PARAMETER_DIRECTIONS, *DIRECTIONS, NATURAL)
 
@@ -83,9 +82,11 @@ class OneStepConfig(TrainingArguments):
         save_pass_minutes: Save the sums of the pass so often, in minutes, so that an interrupted run goes on where it
             was; 0 for never.
         save_pass_batches: The same by micro-batches.
-        per_device_train_batch_size: Rows in a micro-batch. 0 for 16, and in a walk on a GPU for as many more as give
-            it something to do where the model is small.
-        per_device_eval_batch_size: Rows in a batch of forwards. 0 for 32, and on a single GPU likewise for more.
+        per_device_train_batch_size: Rows in a micro-batch; sets memory and speed, never the result. 0 for 16, and on a
+            GPU for as many more as give it something to do where the model has a head and is small; with several
+            processes only in a walk. Configurations that are read back, or made from another, have the 16.
+        per_device_eval_batch_size: Rows in a batch of forwards. 0 for 32, and while it trains on a single GPU likewise
+            for more.
     """
 
     method: str | None = field(default=None, metadata={"help": "What moves: lora (default), full or prompt_tuning."})
@@ -141,10 +142,11 @@ class OneStepConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Not used: there is no schedule."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     per_device_train_batch_size: int = field(
-        default=0, metadata={"help": "Rows in a micro-batch: sets memory and speed, never the result (0: 16 or more)."}
+        default=0,
+        metadata={"help": "Rows in a micro-batch: memory and speed only (default: 16, or what suits a GPU)."},
     )
     per_device_eval_batch_size: int = field(
-        default=0, metadata={"help": "Rows in a batch of forwards (0: 32 or more)."}
+        default=0, metadata={"help": "Rows in a batch of forwards (default: 32, or what suits a GPU)."}
     )
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "Not used: the pass goes longest first."}
@@ -178,9 +180,9 @@ class OneStepConfig(TrainingArguments):
             _check_range("stop_at", self.stop_at, -math.inf, None, "None")
         if not isinstance(self.guard, bool):
             raise ValueError(f"`guard={self.guard!r}` must be True or False; the default is True.")
-        # No field: whoever reads the configuration back has the numbers.
-        self.batches_may_grow = {name for name in ROWS_AT_A_TIME if getattr(self, name) == 0}
-        for name, usual in ROWS_AT_A_TIME.items():
+        # No field: whoever reads the configuration back has the numbers, and they hold.
+        self.batches_may_grow = {name for name in USUAL if getattr(self, name) == 0}
+        for name, usual in USUAL.items():
             _check_range(name, getattr(self, name), 0, None, "0", whole=True)
             setattr(self, name, getattr(self, name) or usual)
         arguments.refuse(self)

@@ -15,24 +15,20 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from onestep_peft.batch_sizes import ROWS_ON_A_CPU, USUAL, rows_for_a_gpu
 from onestep_peft.config import AUTO, OneStepConfig
-from onestep_peft.held_out import padded
+from onestep_peft.held_out import listed, padded
 from onestep_peft.methods import Method
 from onestep_peft.out_of_fold import Pulling
 from onestep_peft.rows import Tokeniser
-from onestep_peft.slices import (
-    ROWS_ON_A_CPU,
-    PartedRows,
-    SlicedRows,
-    of_small_steps,
-    rows_for_a_gpu,
-    rows_of_the_lead,
-)
+from onestep_peft.slices import PartedRows, SlicedRows, of_small_steps, rows_of_the_lead
 from onestep_peft.step import processes
 from onestep_peft.step.optimizer import OneStepOptimizer
 from onestep_peft.tasks import Task, logits_for
 
 SHOWN_ROWS = 10
+# Parts of a pass are filled up to full micro-batches: with so many each that is a small share.
+PARTS_IN_BATCHES = 8
 
 
 class ExactGradientTrainer(Trainer):
@@ -139,9 +135,6 @@ class ExactGradientTrainer(Trainer):
         self._sliced = None
         lead = self.lead_rows if self.leads else 0
         self._train_batch_size = self._rows_at_a_time(rows, -(-(len(rows) - lead) // (self.slices - (lead > 0))))
-        forwards = "per_device_eval_batch_size"
-        if forwards in self._may_grow and processes.number() == 1:
-            setattr(self.args, forwards, self._grown(self.args.eval_batch_size, rows, len(rows)))
         if self.slices > 1:
             self._sliced = SlicedRows(rows, self.slices, self._train_batch_size, lead)
         elif self.parts * self.shares > 1:
@@ -159,23 +152,51 @@ class ExactGradientTrainer(Trainer):
             rows: The longest first.
             slice_rows: How many of them a slice has.
         """
-        usual, own = self._train_batch_size, -(-slice_rows // processes.number())
+        usual, most = self._train_batch_size, -(-slice_rows // processes.number())
         if self.walks_at_once:  # where there are several processes most of a larger one would only fill it up
-            return min(usual, own)
-        # Where Trainer has gone down to fewer, more did not fit into memory.
-        grows = "per_device_train_batch_size" in self._may_grow and usual == self.args.train_batch_size
-        if grows and (self.slices > 1 or processes.number() == 1):
-            return self._grown(usual, rows, own)
-        return min(usual, ROWS_ON_A_CPU) if self.slices > 1 and self.args.device.type == "cpu" else usual
+            return min(usual, most)
+        if self.parts * self.shares > 1:  # each of them is filled up
+            most //= PARTS_IN_BATCHES * self.parts * self.shares
+        # Where Trainer has gone down to fewer, more did not fit into memory; and who wants the pass saved every so many
+        # micro-batches counts on their size.
+        free = usual == self.args.train_batch_size and not cast(OneStepConfig, self.args).save_pass_batches
+        if free and (self.slices > 1 or processes.number() == 1):
+            usual = self._grown("per_device_train_batch_size", len(rows[0].get("input_ids", ())), most)
+        return usual if self.slices == 1 or self.on_gpu else min(usual, ROWS_ON_A_CPU)
+
+    def _grown(self, name: str, tokens: int, most: int) -> int:
+        """A batch size, and where nobody has set it as many more rows as a GPU can take at a time.
+
+        Args:
+            name: Its name.
+            tokens: Of the longest row; 0 where nobody knows.
+            most: So many rows at most, unless it is more.
+        """
+        usual, config = getattr(self.args, name), cast(OneStepConfig, self.args)
+        free = name in config.batches_may_grow and usual == USUAL[name]
+        # A language model's logits may be many.
+        if not (free and tokens and self.on_gpu and self.task.has_head):
+            return usual
+        parameters = sum(parameter.numel() for parameter in self.bare_model.parameters())
+        return max(usual, min(most, rows_for_a_gpu(tokens, parameters)))
 
     @property
-    def _may_grow(self) -> set[str]:
-        """Which batch sizes are not fixed; a CPU gains nothing by larger ones."""
-        return cast(OneStepConfig, self.args).batches_may_grow if self.args.device.type != "cpu" else set()
+    def on_gpu(self) -> bool:
+        """Whether a device waits for what Python asks of it."""
+        return self.args.device.type != "cpu"
 
-    def _grown(self, usual: int, rows: Any, most: int) -> int:
-        parameters = sum(parameter.numel() for parameter in self.bare_model.parameters())
-        return max(usual, min(most, rows_for_a_gpu(len(rows[0].get("input_ids", ())), parameters)))
+    @contextlib.contextmanager
+    def larger_forwards(self, sets: Sequence[Any]) -> Iterator[None]:
+        """While open, forwards of rows of these sets have as many at a time as a GPU can take."""
+        name, most = "per_device_eval_batch_size", max(map(len, sets))
+        before = getattr(self.args, name)
+        if self.on_gpu and processes.number() == 1:  # with several most of it would be filled up
+            longest = [max(len(row.get("input_ids", ())) for row in listed(rows)) for rows in sets]
+            setattr(self.args, name, self._grown(name, max(longest) if min(longest) else 0, most))
+        try:
+            yield
+        finally:
+            setattr(self.args, name, before)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
         """As in Trainer, with all micro-batches of the pass in one step. Runs again when batches get smaller."""

@@ -53,6 +53,7 @@ class HeadTrainer(SharingTrainer):
     _folds: dict[int, Tensor]
     _kept_heads: dict[str, Tensor]  # beside the optimizer's: a retry finds the checkpoint's there again
     _fitted_to: Known | None = None
+    _stack: contextlib.ExitStack
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that a run may change."""
@@ -64,19 +65,22 @@ class HeadTrainer(SharingTrainer):
         return self.held_out.losses(self.bare_model)
 
     def make_held_out(self) -> HeldOut | None:
-        """The held-out rows in batches, each of them seen once.
+        """The held-out rows in batches, each of them seen once; until the run ends forwards are as large as theirs.
 
         Raises:
             ValueError: A row's loss is not finite.
         """
+        held = [] if self.held_rows is None else [self.held_rows]
+        sets = [self.train_dataset, *held, *self.evaluation_sets.values()]
+        self._stack.enter_context(self.larger_forwards(sets))
         if self.held_rows is None:
             return None
         order, positions = batched_by_length(listed(self.held_rows), self.args.eval_batch_size)
         batches = self.get_test_dataloader(padded(select(self.held_rows, order), self.args.eval_batch_size))
         # Batches are dealt out in turn; one of padding alone has no positions.
         own = positions[processes.rank() :: processes.number()]
-        held = list(batches)
-        held_out = HeldOut(held, own + [[]] * (len(held) - len(own)), len(self.held_rows), self.task)
+        seen = list(batches)
+        held_out = HeldOut(seen, own + [[]] * (len(seen) - len(own)), len(self.held_rows), self.task)
         if self.fits_head():  # the same forward gives what the head is fitted to
             held_out.features(self.bare_model, self.head_layer())
         bad = (~torch.isfinite(held_out.losses(self.bare_model))).nonzero().flatten().tolist()

@@ -33,10 +33,6 @@ LEAD_ROWS, LEAD_ROWS_BY_CLASS = 300, 16
 # Where a walk is of small steps alone each has so many rows, unless that were more steps than so many. Where fewer rows
 # are there than so many, one searched step makes more of them.
 ROWS_AT_ONCE, STEPS_AT_ONCE, LEAST_AT_ONCE = 2, 500, 200
-# On the CPU so many rows at a time are multiplied as fast as more, and need less padding where a slice has few rows.
-ROWS_ON_A_CPU = 8
-# A GPU waits for Python unless a micro-batch has so many tokens, times the model's parameters.
-WORK_FOR_A_GPU = 200_000_000_000
 # From so many tokens that a language model learns on, the rows are walked through in slices.
 WALK_ITEMS = 80_000
 
@@ -109,16 +105,6 @@ def of_small_steps(rows: int, slices: int, task: Task) -> tuple[float, float]:
     """
     each = rows / max(slices - 1, 1)
     return pace(each), math.inf if task.by_token else each
-
-
-def rows_for_a_gpu(tokens: int, parameters: int) -> int:
-    """How many rows keep a GPU busy, so that more at a time would hardly be faster.
-
-    Args:
-        tokens: Of the longest row.
-        parameters: Of the model.
-    """
-    return WORK_FOR_A_GPU // max(1, tokens * parameters)
 
 
 def dealt(order: Sequence[int], slices: int, lengths: Sequence[int] | None = None) -> list[list[int]]:

@@ -34,8 +34,8 @@ class ProductStep:
 
     update: LowRank
     gradient: Tensor
-    output_root: Tensor | None
-    input_root: Tensor | None
+    output_root: Tensor
+    input_root: Tensor
     length: Tensor
 
 
@@ -45,24 +45,28 @@ def along_the_products(steps: Sequence[ProductStep]) -> list[LowRank]:
     With M = L_Sᵀ W L_A (the same in white coordinates), Γ = L_S⁻¹ G L_A⁻ᵀ, P and Q the projectors on M's column and row
     space, and T = PΓ + ΓQ − PΓQ: M ← M − length · T / ‖T‖, cut to M's rank. G is the only `(d_out, d_in)` matrix.
     """
+    room = TOGETHER if any(step.gradient.device.type != "cpu" for step in steps) else 0
     found: dict[int, LowRank] = {}
-    for places in _alike(steps):
+    for places in _alike(steps, room):
         found |= zip(places, _together([steps[place] for place in places]), strict=True)
     return [found[place] for place in range(len(steps))]
 
 
-def _alike(steps: Sequence[ProductStep]) -> Iterator[list[int]]:
-    """The places of steps that can be made together."""
+def rate_of(length: Tensor, norm: Tensor) -> Tensor:
+    """By what a direction of this norm is multiplied to be so long; 0 for one that is zero."""
+    return torch.where(norm > 0, length / norm, 0.0)
+
+
+def _alike(steps: Sequence[ProductStep], room: int) -> Iterator[list[int]]:
+    """The places of steps that can be made together: of one shape, and of so many numbers at most, unless it is one."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, step in enumerate(steps):
-        roots = [root for root in (step.output_root, step.input_root) if root is not None]
-        tensors = [step.update.left, step.update.right, *roots]
-        key = (step.gradient.device, *(tensor.shape for tensor in tensors))
+        roots = step.output_root, step.input_root
+        key = (step.gradient.device, *(tensor.shape for tensor in (step.update.left, step.update.right, *roots)))
         numbers = step.gradient.numel() + sum(root.numel() for root in roots)
-        most = TOGETHER // numbers if step.gradient.device.type != "cpu" else 1
         group = groups.setdefault(key, [])
         group.append(place)
-        if len(group) >= most:
+        if (len(group) + 1) * numbers > room:
             yield groups.pop(key)
     yield from groups.values()
 
@@ -78,7 +82,7 @@ def _together(steps: Sequence[ProductStep]) -> list[LowRank]:
     down = _solve(input_root, gradient.mT @ _solve_transposed(output_root, u))  # ΓᵀU, (n, d_in, k)
     beside = across - u @ (u.mT @ across)
     norm = (down.square().sum((1, 2)) + beside.square().sum((1, 2))).sqrt()
-    rate = torch.where(norm > 0, length / norm, 0.0).to(norm)[:, None, None]
+    rate = rate_of(length, norm).to(norm)[:, None, None]
     u, sigma, v, least = _spectrum(
         torch.cat([u, -rate * beside], 2), torch.cat([v * sigma[:, None] - rate * down, v], 2)
     )
@@ -113,26 +117,26 @@ def _all(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
-def _stacked(roots: Sequence[Tensor | None]) -> Tensor | None:
+def _stacked(roots: Sequence[Tensor]) -> Tensor:
     """Roots of one kind: diagonals, `(n, d)`, or blocks on the diagonal, one at least, `(n, blocks, side, side)`."""
-    whole = _all([root for root in roots if root is not None]) if roots[0] is not None else None
-    return whole[:, None] if whole is not None and whole.dim() == 3 else whole
+    whole = _all(roots)
+    return whole[:, None] if whole.dim() == 3 else whole
 
 
-def _times_transposed(root: Tensor | None, right: Tensor) -> Tensor:
+def _times_transposed(root: Tensor, right: Tensor) -> Tensor:
     """Lᵀ right."""
-    if root is None or root.dim() == 2:
-        return right if root is None else right * root[..., None]
+    if root.dim() == 2:
+        return right * root[..., None]
     return (root.mT @ right.unflatten(1, root.shape[1:3])).flatten(1, 2)
 
 
-def _solve(root: Tensor | None, right: Tensor, upper: bool = False) -> Tensor:
+def _solve(root: Tensor, right: Tensor, upper: bool = False) -> Tensor:
     """L⁻¹ right."""
-    if root is None or root.dim() == 2:
-        return right if root is None else right / root[..., None]
+    if root.dim() == 2:
+        return right / root[..., None]
     return torch.linalg.solve_triangular(root, right.unflatten(1, root.shape[1:3]), upper=upper).flatten(1, 2)
 
 
-def _solve_transposed(root: Tensor | None, right: Tensor) -> Tensor:
+def _solve_transposed(root: Tensor, right: Tensor) -> Tensor:
     """L⁻ᵀ right."""
-    return _solve(root if root is None or root.dim() == 2 else root.mT, right, upper=True)
+    return _solve(root if root.dim() == 2 else root.mT, right, upper=True)

@@ -158,8 +158,9 @@ class LayerStatistics:
         covered = items if covered is None else covered
         if self._sums_gradient:
             self.gradient /= items
-        for covariance in (self.input_covariance, self.output_grad_covariance) if covered else ():
-            _mirror(covariance)
+        if covered:  # else they are zero
+            _mirror(self.input_covariance)
+            _mirror(self.output_grad_covariance)
         self.output_grad_covariance /= covered if self._output_factor == "dense" else items
         if self._input_factor == "one":
             self.input_covariance.fill_(1.0)

@@ -20,7 +20,7 @@ from onestep_peft.step.directions import WhitenedGradient, damped_root, times_tr
 from onestep_peft.step.layers import Layer, LowRank, Prompt
 from onestep_peft.step.natural import RowGradients
 from onestep_peft.step.parameter_gradients import ParameterGradients
-from onestep_peft.step.products import ProductStep, along_the_products
+from onestep_peft.step.products import ProductStep, along_the_products, rate_of
 from onestep_peft.step.statistics import LayerStatistics, Statistics
 
 # A slice's mean loss above this multiple of what held-out rows lost where the walk began, and so many standard errors
@@ -32,10 +32,6 @@ Products = Mapping[str, LowRank | None]
 def products(layers: Iterable[Layer | Prompt]) -> dict[str, LowRank | None]:
     """What has been written so far, by name, to the layers whose update is a product."""
     return {layer.name: layer.read() for layer in layers if isinstance(layer, Layer) and layer.read is not None}
-
-
-def _rate(length: Tensor, norm: Tensor) -> Tensor:
-    return torch.where(norm > 0, length / norm, 0.0)
 
 
 class Walk:
@@ -201,7 +197,7 @@ class Walk:
             for i, parameter in enumerate(self._parameters):
                 gradient = gradients.of(parameter)
                 if gradient is not None:
-                    rate = _rate(share * self._kept[f"length/{i}"], gradient.norm())
+                    rate = rate_of(share * self._kept[f"length/{i}"], gradient.norm())
                     wide = self._wide(parameter)
                     wide.sub_(rate * gradient)
                     parameter.copy_(wide)
@@ -246,7 +242,7 @@ class Walk:
         parameter = layer.parameter()
         wide = self._wide(parameter)
         matrix = layer.as_matrix(wide) if isinstance(layer, Layer) else wide
-        matrix.sub_(_rate(length, white.white.norm()) * white.whole())
+        matrix.sub_(rate_of(length, white.white.norm()) * white.whole())
         parameter.copy_(wide)
 
     def _move_by_adam(self, name: str, parameter: Tensor, gradient: Tensor, share: float) -> None:

@@ -36,7 +36,10 @@ def covariance(d: int, seed: int) -> Tensor:
 def along_the_product(
     update: LowRank, gradient: Tensor, output_root: Tensor | None, input_root: Tensor | None, *, length: float
 ) -> LowRank:
-    step = ProductStep(update, gradient, output_root, input_root, torch.tensor(length, dtype=torch.float64))
+    """Without a root that of the identity, a diagonal of ones."""
+    sides = zip(gradient.shape, (output_root, input_root), strict=True)
+    roots = [torch.ones(d, dtype=torch.float64) if root is None else root for d, root in sides]
+    step = ProductStep(update, gradient, *roots, torch.tensor(length, dtype=torch.float64))
     return along_the_products([step])[0]
 
 
@@ -105,6 +108,18 @@ def test_layers_that_move_together_move_as_they_do_alone() -> None:
     assert [one.rank for one in together] == [3, 2, 0]
     for one, alone in zip(together, along_the_products(steps), strict=True):
         assert torch.allclose(one.dense(), alone.dense(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [(0, [[0], [1], [2], [3], [4]]), (2 * (9 * 12 + 9 * 9 + 12), [[0, 2], [3, 4], [1]]), (10**6, [[0, 2, 3, 4], [1]])],
+)
+def test_those_of_one_shape_move_together_as_far_as_there_is_room(room: int, expected: list[list[int]]) -> None:
+    steps = []
+    for width in (12, 10, 12, 12, 12):
+        update, roots = LowRank(torch.ones(9, 3), torch.ones(3, width)), (torch.eye(9), torch.ones(width))
+        steps.append(ProductStep(update, torch.ones(9, width), *roots, torch.tensor(1.0)))
+    assert list(products._alike(steps, room)) == expected
 
 
 def in_place(name: str, module: nn.Linear) -> Layer:
