@@ -13,7 +13,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-BATCHES = "memory and speed; micro-batches only add up, so the step is the same"
+BATCHES = (
+    "memory and speed; micro-batches only add up, so the step is the same. Unless you say otherwise 16 and 32, and in "
+    "`train` on a single GPU as many more as give it something to do where the model has a head and is small"
+)
 CHECKPOINTING = "saves memory in the pass; the gradient is the same"
 WORKERS = "who collates the batches, and how they reach the device"
 CHECKPOINTS = "Trainer's checkpoints, beside what `save_model` writes; never pushed"
