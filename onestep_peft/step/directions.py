@@ -101,35 +101,44 @@ class WhitenedGradient:
         return solve_transposed(self.input_root, solve_transposed(self.output_root, self.white).T).T.float()
 
 
+# A root is a diagonal, `(d,)`, a whole triangular matrix, `(d, d)`, or blocks of one on the diagonal, `(blocks, d, d)`.
+# It may have leading dimensions, as many as what it is applied to, `(..., d, k)`.
+
+
+def _kind(root: Tensor, right: Tensor) -> int:
+    """1 for a diagonal, 2 for a whole matrix, 3 for blocks."""
+    return root.dim() - (right.dim() - 2)
+
+
 def solve(root: Tensor | None, right: Tensor) -> Tensor:
     """L⁻¹ right."""
     if root is None:
         return right
-    return right / root[:, None] if root.dim() == 1 else _solve_blocks(root, right, upper=False)
+    return right / root[..., None] if _kind(root, right) == 1 else _solve_blocks(root, right, upper=False)
 
 
 def solve_transposed(root: Tensor | None, right: Tensor) -> Tensor:
     """L⁻ᵀ right."""
-    if root is None or root.dim() == 1:
+    if root is None or _kind(root, right) == 1:
         return solve(root, right)
     return _solve_blocks(root.mT, right, upper=True)
 
 
 def _solve_blocks(triangular: Tensor, right: Tensor, *, upper: bool) -> Tensor:
-    """The same for a whole triangular matrix, or for blocks of one, `(blocks, d, d)`."""
-    if triangular.dim() == 2:
+    if _kind(triangular, right) == 2:
         return torch.linalg.solve_triangular(triangular, right, upper=upper)
-    by_block = right.unflatten(0, triangular.shape[:-1])
-    return torch.linalg.solve_triangular(triangular, by_block, upper=upper).flatten(0, 1)
+    by_block = right.unflatten(-2, triangular.shape[-3:-1])
+    return torch.linalg.solve_triangular(triangular, by_block, upper=upper).flatten(-3, -2)
 
 
 def times_transposed(root: Tensor | None, right: Tensor) -> Tensor:
     """Lᵀ right."""
     if root is None:
         return right
-    if root.dim() == 1:
-        return right * root[:, None]
-    return (root.mT @ right.unflatten(0, root.shape[:-1])).flatten(0, 1) if root.dim() == 3 else root.T @ right
+    kind = _kind(root, right)
+    if kind == 1:
+        return right * root[..., None]
+    return (root.mT @ right.unflatten(-2, root.shape[-3:-1])).flatten(-3, -2) if kind == 3 else root.mT @ right
 
 
 def damped_root(covariance: Tensor, damping: float, size: int = 1) -> Tensor:

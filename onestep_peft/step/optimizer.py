@@ -18,7 +18,7 @@ from onestep_peft.step.line_search import PART_EVALUATIONS, SearchResult, search
 from onestep_peft.step.outcome import WALK, Clock, StepOutcome, StepSettings
 from onestep_peft.step.parameter_gradients import ParameterGradients
 from onestep_peft.step.snapshot import Snapshot
-from onestep_peft.step.statistics import Statistics, check_finite, norms
+from onestep_peft.step.statistics import Statistics, finite_norms
 from onestep_peft.step.walk import Walk, products
 
 # Rows are dealt into so many folds for the guard: each fold judges what the others chose.
@@ -179,7 +179,7 @@ class OneStepOptimizer(torch.optim.Optimizer):
             raise ValueError("The pass met no labelled item, so there is no gradient. Check the label column.")
         processes.sum_over(total for _, total in self.gradients.all())
         self.gradients.divide(items)
-        summed: list[Tensor] = []
+        summed: list[str] = []
         for layer in self.layers:
             record = self.statistics[layer.name]
             record.reduce()
@@ -188,9 +188,9 @@ class OneStepOptimizer(torch.optim.Optimizer):
             if total is not None:
                 record.gradient = total
             elif isinstance(layer, Layer):
-                summed.append(record.gradient)
-        check_finite(self.statistics)
-        self.gradient_norm = float(norms(summed).norm()) if summed else None
+                summed.append(layer.name)
+        norms = finite_norms(self.statistics)
+        self.gradient_norm = math.hypot(*(norms[name] for name in summed)) if summed else None
         return items
 
     def _all_items(self) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from onestep_peft.step.directions import solve, solve_transposed, times_transposed
 from onestep_peft.step.layers import LowRank
 
 # On a GPU layers that are alike move together, as many as have so many numbers in their gradients and roots: for
@@ -73,21 +74,21 @@ def _alike(steps: Sequence[ProductStep], room: int) -> Iterator[list[int]]:
 
 def _together(steps: Sequence[ProductStep]) -> list[LowRank]:
     """The same for steps of one shape: all tensors have a dimension more, the first."""
-    output_root = _stacked([step.output_root for step in steps])
-    input_root = _stacked([step.input_root for step in steps])
+    output_root = _all([step.output_root for step in steps])
+    input_root = _all([step.input_root for step in steps])
     left, right = _all([step.update.left for step in steps]), _all([step.update.right for step in steps]).mT
     gradient, length, rank = _all([step.gradient for step in steps]), _all([s.length for s in steps]), left.shape[2]
-    u, sigma, v, ranks = _spectrum(_times_transposed(output_root, left), _times_transposed(input_root, right))
-    across = _solve(output_root, gradient @ _solve_transposed(input_root, v))  # ΓV, (n, d_out, k)
-    down = _solve(input_root, gradient.mT @ _solve_transposed(output_root, u))  # ΓᵀU, (n, d_in, k)
+    u, sigma, v, ranks = _spectrum(times_transposed(output_root, left), times_transposed(input_root, right))
+    across = solve(output_root, gradient @ solve_transposed(input_root, v))  # ΓV, (n, d_out, k)
+    down = solve(input_root, gradient.mT @ solve_transposed(output_root, u))  # ΓᵀU, (n, d_in, k)
     beside = across - u @ (u.mT @ across)
     norm = (down.square().sum((1, 2)) + beside.square().sum((1, 2))).sqrt()
     rate = rate_of(length, norm).to(norm)[:, None, None]
     u, sigma, v, least = _spectrum(
         torch.cat([u, -rate * beside], 2), torch.cat([v * sigma[:, None] - rate * down, v], 2)
     )
-    left = _solve_transposed(output_root, (u * sigma[:, None])[..., :rank])
-    right = _solve_transposed(input_root, v[..., :rank])
+    left = solve_transposed(output_root, (u * sigma[:, None])[..., :rank])
+    right = solve_transposed(input_root, v[..., :rank])
     kept = torch.minimum(ranks, least).tolist()
     return [LowRank(one[:, :k], other[:, :k].T) for one, other, k in zip(left, right, kept, strict=True)]
 
@@ -115,28 +116,3 @@ def _spectrum(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def _all(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
-
-
-def _stacked(roots: Sequence[Tensor]) -> Tensor:
-    """Roots of one kind: diagonals, `(n, d)`, or blocks on the diagonal, one at least, `(n, blocks, side, side)`."""
-    whole = _all(roots)
-    return whole[:, None] if whole.dim() == 3 else whole
-
-
-def _times_transposed(root: Tensor, right: Tensor) -> Tensor:
-    """Lᵀ right."""
-    if root.dim() == 2:
-        return right * root[..., None]
-    return (root.mT @ right.unflatten(1, root.shape[1:3])).flatten(1, 2)
-
-
-def _solve(root: Tensor, right: Tensor, upper: bool = False) -> Tensor:
-    """L⁻¹ right."""
-    if root.dim() == 2:
-        return right / root[..., None]
-    return torch.linalg.solve_triangular(root, right.unflatten(1, root.shape[1:3]), upper=upper).flatten(1, 2)
-
-
-def _solve_transposed(root: Tensor, right: Tensor) -> Tensor:
-    """L⁻ᵀ right."""
-    return _solve(root if root.dim() == 2 else root.mT, right, upper=True)

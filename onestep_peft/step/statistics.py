@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -190,19 +191,19 @@ class LayerStatistics:
         return not bool(self.gradient.norm() > NOISE_FLOOR * bound)
 
 
-def norms(gradients: Iterable[Tensor]) -> Tensor:
-    """Frobenius norms, `(number,)`, on one device: to ask for each would wait for a GPU as often."""
-    found = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-    return torch.stack([norm.to(found[0].device) for norm in found])
+def finite_norms(statistics: Mapping[str, Statistics]) -> dict[str, float]:
+    """Frobenius norms of the layers' gradients, by name, asked for at once: one by one a GPU would be waited for.
 
-
-def check_finite(statistics: Mapping[str, Statistics]) -> None:
-    """Raises a ValueError that names the first layer whose gradient is not finite."""
-    if not statistics or bool(norms(record.gradient for record in statistics.values()).isfinite().all()):
-        return
-    for name, record in statistics.items():
-        if not torch.isfinite(record.gradient).all():
-            raise ValueError(f"The gradient of {name} is not finite, though the loss is. Try `bf16=False`.")
+    Raises:
+        ValueError: A gradient is not finite; it names the first such layer.
+    """
+    norms = [torch.linalg.vector_norm(record.gradient) for record in statistics.values()]
+    found = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
+    if not all(map(math.isfinite, found)):  # a large one may overflow, too
+        for name, record in statistics.items():
+            if not torch.isfinite(record.gradient).all():
+                raise ValueError(f"The gradient of {name} is not finite, though the loss is. Try `bf16=False`.")
+    return dict(zip(statistics, found, strict=True))
 
 
 def _shape(factor: Factor, d: int, other: int) -> tuple[int, ...]:

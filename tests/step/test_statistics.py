@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onestep_peft.step.layers import Layer
-from onestep_peft.step.statistics import TRIANGLE_BLOCK, LayerStatistics, check_finite, observed
+from onestep_peft.step.statistics import TRIANGLE_BLOCK, LayerStatistics, finite_norms, observed
 
 D_IN, HIDDEN, CLASSES, TOKENS = 5, 7, 3, 4
 
@@ -382,8 +382,8 @@ def test_blocks_are_those_of_the_whole_covariance_in_float64(d: int, blocks: int
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     records = {name: LayerStatistics((2, 3), torch.device("cpu")) for name in ("first", "second")}
     records["first"].gradient.fill_(1e30)  # whose square is not finite in fp32, but which is
-    check_finite(records)
-    check_finite({})
+    finite_norms(records)
+    finite_norms({})
     records["second"].gradient[1, 2] = float("nan")
     with pytest.raises(ValueError, match="The gradient of second is not finite"):
-        check_finite(records)
+        finite_norms(records)
